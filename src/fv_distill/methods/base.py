@@ -1,0 +1,85 @@
+"""`TrainingMethod`: which role minimises what, and when. A method never sees an optimizer, a file or a process group."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fv_distill.models.base import ModelBase
+from fv_distill.rng import SampleRng
+
+from .options import MethodOptions
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One scalar to back-propagate, with detached scalars to log that stay on the device until then."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class TrainingMethod(ABC):
+    """What a trainer needs to know about a training algorithm.
+
+    Args:
+        models: an adapter for each name in `trainable_roles` and `frozen_roles`.
+        options: an instance of the class's `options_class`, or None for its defaults.
+
+    Raises:
+        ValueError: for missing or surplus roles, or a `trainable` flag that contradicts the method.
+    """
+
+    options_class: ClassVar[type[MethodOptions]]
+    trainable_roles: ClassVar[tuple[str, ...]]
+    frozen_roles: ClassVar[tuple[str, ...]] = ()
+
+    few_step_sigmas: tuple[float, ...] | None = None
+    """The levels that the trained student is sampled at, without the final 0; None for a many-step model."""
+
+    sample_type: str = "ode"
+    """How the student moves between two of them, "sde" or "ode"."""
+
+    def __init__(self, models: Mapping[str, ModelBase], options: MethodOptions | None = None) -> None:
+        self.models = dict(models)
+        self._check_roles()
+        if options is not None and not isinstance(options, self.options_class):
+            raise TypeError(f"{type(self).__name__} takes {self.options_class.__name__}, not {type(options).__name__}")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Trainable role names, in optimizer and checkpoint order."""
+        return self.trainable_roles
+
+    @abstractmethod
+    def updates(self, step: int) -> tuple[str, ...]:
+        """The roles that are updated in `step` (counted from 1), in order."""
+
+    @abstractmethod
+    def losses(self, role: str, batch: Mapping[str, Any], rng: SampleRng) -> Iterable[LossTerm]:
+        """The loss terms of one role on one micro-batch, lazily: each graph is freed before the next is built."""
+
+    def optimizer_overrides(self, role: str) -> dict[str, Any]:
+        """Entries of `training.optimizer` that differ for this role."""
+        return {}
+
+    def encode_prompts(self) -> None:
+        """Encode what the method needs from text encoders before the first step; does nothing by default."""
+
+    def _check_roles(self) -> None:
+        name = type(self).__name__
+        expected = self.trainable_roles + self.frozen_roles
+        missing = [role for role in expected if role not in self.models]
+        surplus = [role for role in self.models if role not in expected]
+        if missing or surplus:
+            raise ValueError(
+                f"{name} needs the roles {', '.join(expected)}; models has {', '.join(self.models) or 'none'}"
+                + (f" (missing: {', '.join(missing)})" if missing else "")
+                + (f" (remove: {', '.join(surplus)})" if surplus else "")
+            )
+        for role, model in self.models.items():
+            if model.trainable != (role in self.trainable_roles):
+                should = "true" if role in self.trainable_roles else "false"
+                raise ValueError(f"{name} needs models.{role}.trainable: {should}")

@@ -1,0 +1,164 @@
+"""DMD2: a few-step student, a critic that tracks it, and the teacher whose distribution it is to match.
+
+Yin et al. 2024, "Improved distribution matching distillation for fast image synthesis", without its GAN term.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fv_distill.losses.distribution_matching import direction_loss, dmd_direction
+from fv_distill.losses.flow_matching import flow_matching_loss
+from fv_distill.models.base import ModelBase
+from fv_distill.models.conditioning import CHANNEL_COLUMNS, Conditioning, PreparedBatch, UncondPolicy, unconditional
+from fv_distill.rng import SampleRng
+from fv_distill.rollouts.few_step import few_step_rollout
+from fv_distill.schedules import flow
+from fv_distill.schedules.few_step import few_step_sigmas
+from fv_distill.schedules.timesteps import score_sigma
+
+from .base import LossTerm, TrainingMethod
+from .options import DMD2Options, MethodOptions
+
+
+class DMD2Method(TrainingMethod):
+    """The student follows `score_fake - score_real` at its own samples; the critic fits those samples in every step."""
+
+    options_class = DMD2Options
+    trainable_roles = ("student", "critic")
+    frozen_roles = ("teacher",)
+
+    def __init__(self, models: Mapping[str, ModelBase], options: MethodOptions | None = None) -> None:
+        super().__init__(models, options)
+        self.options = options if isinstance(options, DMD2Options) else DMD2Options()
+        self.student, self.teacher, self.critic = (self.models[role] for role in ("student", "teacher", "critic"))
+        self.few_step_sigmas: tuple[float, ...] = few_step_sigmas(
+            self.options.dmd_denoising_steps,
+            flow_shift=self.student.flow_shift,
+            warp=self.options.warp_denoising_step,
+        )
+        self.sample_type = self.options.student_sample_type
+        cfg = self.options.cfg_uncond
+        self._policy = UncondPolicy(text=cfg.text, image=cfg.image, action=cfg.action)
+        if self._uses_guidance and cfg.text == "drop" and "text" in self.teacher.required_channels:
+            raise ValueError(
+                f"method.cfg_uncond.text: drop, but {type(self.teacher).__name__} can't run without text; "
+                "use negative_prompt or zero"
+            )
+        # The student's rollout on its way to the critic's loss of the same step, by the micro-batch's first sample.
+        self._rollouts: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def _uses_guidance(self) -> bool:
+        return self.options.real_score_guidance_scale != 1
+
+    def updates(self, step: int) -> tuple[str, ...]:
+        """The critic in every step; before it, in every k-th step, the student."""
+        return ("student", "critic") if step % self.options.generator_update_interval == 0 else ("critic",)
+
+    def optimizer_overrides(self, role: str) -> dict[str, Any]:
+        """The critic's own learning rate, betas and scheduler where the options give them."""
+        if role != "critic":
+            return {}
+        own = {
+            "learning_rate": self.options.fake_score_learning_rate,
+            "betas": self.options.fake_score_betas,
+            "lr_scheduler": self.options.fake_score_lr_scheduler,
+        }
+        return {key: value for key, value in own.items() if value is not None}
+
+    def encode_prompts(self) -> None:
+        """Encode the negative prompt that guidance needs, and the empty one that caption dropout puts in."""
+        self.student.prompt_conditioning("")
+        if self._uses_guidance and self._policy.text == "negative_prompt":
+            self.student.negative_conditioning()
+
+    def losses(self, role: str, batch: Mapping[str, Any], rng: SampleRng) -> Iterable[LossTerm]:
+        """One term: the DMD loss for the student, flow matching on the student's samples for the critic."""
+        yield self._student_loss(batch, rng) if role == "student" else self._critic_loss(batch, rng)
+
+    def _student_loss(self, batch: Mapping[str, Any], rng: SampleRng) -> LossTerm:
+        prepared = self._prepare(batch)
+        generated = self._rollout(prepared, rng, "student", grad=True)
+        if self.options.reuse_rollout:
+            self._rollouts = {key: kept for key, kept in self._rollouts.items() if key[0] == rng.step}
+            self._rollouts[rng.step, rng.sample_indices[0]] = generated.detach()
+        with torch.no_grad():
+            direction = self._direction(generated.detach(), prepared.conditioning, rng)
+        loss = direction_loss(generated, direction)
+        return LossTerm(loss, {"loss/student": loss.detach(), "dmd/direction": direction.abs().mean()})
+
+    def _critic_loss(self, batch: Mapping[str, Any], rng: SampleRng) -> LossTerm:
+        prepared = self._prepare(batch)
+        generated = self._rollouts.pop((rng.step, rng.sample_indices[0]), None)
+        if generated is None:
+            generated = self._rollout(prepared, rng, "critic", grad=False)
+        noise = rng.normal("critic/noise", generated.shape[1:])
+        sigma = self._draw_score_sigma(rng, "critic/sigma")
+        x_t = flow.add_noise(generated, noise, sigma)
+        velocity = self.critic.predict_velocity(x_t, sigma, prepared.conditioning)
+        loss = flow_matching_loss(velocity, flow.velocity_target(generated, noise))
+        return LossTerm(loss, {"loss/critic": loss.detach()})
+
+    def _direction(self, generated: Tensor, conditioning: Conditioning, rng: SampleRng) -> Tensor:
+        """The DMD direction at the student's samples; teacher and critic see the same noised copy."""
+        sigma = self._draw_score_sigma(rng, "score/sigma")
+        x_t = flow.add_noise(generated, rng.normal("score/noise", generated.shape[1:]), sigma)
+        scale = self.options.real_score_guidance_scale
+        uncond = self._unconditional(conditioning) if self._uses_guidance else None
+        real_x0 = self.teacher.predict_x0_guided(x_t, sigma, conditioning, uncond, scale)
+        fake_x0 = self.critic.predict_x0(x_t, sigma, conditioning)
+        return dmd_direction(generated, real_x0=real_x0, fake_x0=fake_x0, normalizer=self.options.dmd_normalizer)
+
+    def _rollout(self, prepared: PreparedBatch, rng: SampleRng, role: str, *, grad: bool) -> Tensor:
+        """The student's x0 for a batch; `role` only names the random streams."""
+        shape = prepared.latents.shape[1:]
+        noise = rng.normal(f"{role}/rollout", shape)
+        if self.options.rollout_mode == "data_latent":
+            return self._denoise_data(prepared, noise, rng.uniform(f"{role}/exit"), grad=grad)
+        # The depth is shared by all ranks: with sharded networks every rank has to make the same calls.
+        return few_step_rollout(
+            self.student,
+            noise,
+            prepared.conditioning,
+            self.few_step_sigmas,
+            exit_step=rng.shared_integer(f"{role}/exit", len(self.few_step_sigmas)),
+            sample_type=self.sample_type,
+            fresh_noise=lambda step: rng.normal(f"{role}/rollout/{step}", shape),
+            grad=grad,
+        )
+
+    def _denoise_data(self, prepared: PreparedBatch, noise: Tensor, u: Tensor, *, grad: bool) -> Tensor:
+        """One student call on clips noised to a level drawn per sample."""
+        levels = torch.tensor(self.few_step_sigmas, device=u.device)
+        sigma = levels[(u * len(levels)).long()]
+        x_t = flow.add_noise(prepared.latents, noise, sigma)
+        with torch.set_grad_enabled(grad):
+            return self.student.predict_x0(x_t, sigma, prepared.conditioning)
+
+    def _draw_score_sigma(self, rng: SampleRng, stream: str) -> Tensor:
+        options = self.options
+        u = rng.uniform(stream)
+        if options.score_sigma == "per_batch":
+            u = torch.full_like(u, rng.shared_uniform(stream))
+        shift = options.score_flow_shift or self.student.flow_shift
+        return score_sigma(u, shift=shift, minimum=options.min_score_sigma, maximum=options.max_score_sigma)
+
+    def _unconditional(self, conditioning: Conditioning) -> Conditioning:
+        negative = self.student.negative_conditioning() if self._policy.text == "negative_prompt" else None
+        return unconditional(conditioning, self._policy, negative)
+
+    def _prepare(self, batch: Mapping[str, Any]) -> PreparedBatch:
+        source = "data" if self.options.rollout_mode == "data_latent" else "zeros"
+        prepared = self.student.prepare_batch(batch, latents_source=source)
+        cfg = self.options.cfg_uncond
+        if cfg.on_missing == "error":
+            for channel, columns in CHANNEL_COLUMNS.items():
+                if channel in cfg.model_fields_set and not any(column in prepared.conditioning.extras for column in columns):
+                    raise ValueError(
+                        f"method.cfg_uncond.{channel} is set but the data has none of {', '.join(columns)}; "
+                        "remove the key or set method.cfg_uncond.on_missing: ignore"
+                    )
+        return prepared

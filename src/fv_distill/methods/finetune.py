@@ -1,0 +1,57 @@
+"""Fine-tuning: flow matching on clips."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fv_distill.losses.flow_matching import flow_matching_loss
+from fv_distill.models.base import ModelBase
+from fv_distill.rng import SampleRng
+from fv_distill.schedules import flow
+from fv_distill.schedules.shift import shift_sigma
+from fv_distill.schedules.timesteps import density_sigma
+
+from .base import LossTerm, TrainingMethod
+from .options import FineTuneOptions, MethodOptions
+
+
+class FineTuneMethod(TrainingMethod):
+    """Train one role, the student, to predict the velocity of noised clips (Lipman et al. 2023, eq. 14)."""
+
+    options_class = FineTuneOptions
+    trainable_roles = ("student",)
+
+    def __init__(self, models: Mapping[str, ModelBase], options: MethodOptions | None = None) -> None:
+        super().__init__(models, options)
+        self.options = options if isinstance(options, FineTuneOptions) else FineTuneOptions()
+        self.student = self.models["student"]
+
+    def updates(self, step: int) -> tuple[str, ...]:
+        """The student, in every step."""
+        return ("student",)
+
+    def encode_prompts(self) -> None:
+        """Encode the empty prompt, which caption dropout puts in."""
+        self.student.prompt_conditioning("")
+
+    def losses(self, role: str, batch: Mapping[str, Any], rng: SampleRng) -> Iterable[LossTerm]:
+        """One flow-matching term."""
+        prepared = self.student.prepare_batch(batch)
+        x0 = prepared.latents
+        noise = rng.normal("noise", x0.shape[1:])
+        sigma = self._draw_sigma(rng)
+        velocity = self.student.predict_velocity(flow.add_noise(x0, noise, sigma), sigma, prepared.conditioning)
+        loss = flow_matching_loss(velocity, flow.velocity_target(x0, noise))
+        yield LossTerm(loss, {"loss/student": loss.detach()})
+
+    def _draw_sigma(self, rng: SampleRng) -> Tensor:
+        options = self.options
+        sigma = density_sigma(
+            rng.uniform("sigma"),
+            options.sigma_density,
+            logit_mean=options.logit_mean,
+            logit_std=options.logit_std,
+            mode_scale=options.mode_scale,
+        )
+        return shift_sigma(sigma, self.student.flow_shift) if options.apply_flow_shift else sigma

@@ -1,0 +1,113 @@
+"""The options of every method as typed fields, free of torch so that `--help` and config checks are quick."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+def _falls_from_1000(steps: tuple[float, ...]) -> tuple[float, ...]:
+    from fv_distill.schedules.few_step import few_step_sigmas
+
+    few_step_sigmas(steps, flow_shift=1.0)
+    return steps
+
+
+DenoisingSteps = Annotated[tuple[float, ...], AfterValidator(_falls_from_1000)]
+Channel = Literal["text", "image", "action"]
+UncondPolicy = Literal["negative_prompt", "keep", "zero", "drop"]
+
+
+class MethodOptions(BaseModel):
+    """What the options of all methods share: unknown names are errors and values never change after the start."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FineTuneOptions(MethodOptions):
+    """Flow matching on data."""
+
+    sigma_density: Literal["uniform", "logit_normal", "mode"] = Field(
+        "uniform", description="density of the training sigma before the model's flow shift"
+    )
+    logit_mean: float = Field(0.0, description="mean of the logit-normal density")
+    logit_std: float = Field(1.0, gt=0, description="standard deviation of the logit-normal density")
+    mode_scale: float = Field(1.29, ge=-1, le=1.75, description="scale of the mode density; above 1.75 it folds back")
+    apply_flow_shift: bool = Field(True, description="shift the drawn sigma with the model's flow shift")
+
+
+class CfgUncondOptions(MethodOptions):
+    """What the unconditional pass of guidance sees, per conditioning channel."""
+
+    text: UncondPolicy = Field(
+        "negative_prompt", description="the negative prompt's embedding, the sample's own, zeros, or no text at all"
+    )
+    image: Literal["keep", "zero", "drop"] = Field("keep", description="image conditioning in the unconditional pass")
+    action: Literal["keep", "zero", "drop"] = Field("keep", description="mouse and keyboard in the unconditional pass")
+    on_missing: Literal["error", "ignore"] = Field(
+        "error", description="what to do when image or action has a policy in the config but the batch no such channel"
+    )
+
+
+class DMD2Options(MethodOptions):
+    """Distribution matching distillation (DMD2) without the GAN term."""
+
+    rollout_mode: Literal["simulate", "data_latent"] = Field(
+        "simulate",
+        description="simulate: the student samples from pure noise (backward simulation); data_latent: it denoises a "
+        "noised clip of the data set",
+    )
+    dmd_denoising_steps: DenoisingSteps = Field(
+        (1000, 750, 500, 250), description="the student's timesteps, falling from 1000"
+    )
+    warp_denoising_step: bool = Field(
+        True, description="read the timesteps as positions in the shifted schedule: sigma = shift(timestep / 1000)"
+    )
+    student_sample_type: Literal["sde", "ode"] = Field(
+        "sde", description="between two steps the student's x0 is noised afresh (sde) or with the noise it implies (ode)"
+    )
+    generator_update_interval: int = Field(
+        5, ge=1, description="the student is updated in every k-th step, first in step k; the critic in every step"
+    )
+    reuse_rollout: bool = Field(
+        True, description="in a step that updates both, student and critic use one rollout instead of two"
+    )
+    real_score_guidance_scale: float = Field(
+        3.5, ge=0, description="guidance of the teacher, uncond + scale (cond - uncond); 1 skips the unconditional pass"
+    )
+    fake_score_learning_rate: float | None = Field(
+        None, gt=0, description="the critic's learning rate; null means training.optimizer.learning_rate"
+    )
+    fake_score_betas: tuple[float, float] | None = Field(
+        None, description="the critic's Adam betas; null means training.optimizer.betas"
+    )
+    fake_score_lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"] | None = Field(
+        None, description="the critic's LR scheduler; null means training.optimizer.lr_scheduler"
+    )
+    dmd_normalizer: Literal["per_sample", "batch"] = Field(
+        "per_sample", description="over what mean |x0 - real| is taken"
+    )
+    score_sigma: Literal["per_sample", "per_batch"] = Field(
+        "per_sample", description="one score sigma for each sample, or one for the whole global batch"
+    )
+    score_flow_shift: float | None = Field(
+        None, gt=0, description="shift of the score sigma; null means the student's flow shift"
+    )
+    min_score_sigma: float = Field(0.02, ge=0, lt=1, description="lower bound of the score sigma")
+    max_score_sigma: float = Field(0.98, gt=0, le=1, description="upper bound of the score sigma")
+    cfg_uncond: CfgUncondOptions = Field(
+        default_factory=CfgUncondOptions, description="what the teacher's unconditional pass sees"
+    )
+
+    @model_validator(mode="after")
+    def _score_bounds_are_ordered(self) -> "DMD2Options":
+        if self.min_score_sigma >= self.max_score_sigma:
+            raise ValueError(
+                f"min_score_sigma={self.min_score_sigma:g} must be below max_score_sigma={self.max_score_sigma:g}"
+            )
+        return self
+
+
+OPTIONS_BY_TARGET: dict[str, type[MethodOptions]] = {
+    "fv_distill.methods.FineTuneMethod": FineTuneOptions,
+    "fv_distill.methods.DMD2Method": DMD2Options,
+}

@@ -1,0 +1,81 @@
+"""What a network is conditioned on, and what its unconditional pass sees instead."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+IMAGE_COLUMNS = ("clip_feature", "first_frame_latent", "pil_image")
+ACTION_COLUMNS = ("mouse_cond", "keyboard_cond")
+CHANNEL_COLUMNS = {"image": IMAGE_COLUMNS, "action": ACTION_COLUMNS}
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The conditions of one batch.
+
+    Attributes:
+        text: embeddings `[B, L, D]`, zero at padding; None when the text was dropped.
+        text_mask: True at real tokens, `[B, L]`.
+        extras: tensors of further channels under their data column's name, first dimension B.
+    """
+
+    text: Tensor | None
+    text_mask: Tensor | None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UncondPolicy:
+    """How each channel of the unconditional pass is made; see `CfgUncondOptions` for the values."""
+
+    text: Literal["negative_prompt", "keep", "zero", "drop"] = "negative_prompt"
+    image: Literal["keep", "zero", "drop"] = "keep"
+    action: Literal["keep", "zero", "drop"] = "keep"
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """A batch as a network takes it: normalised latents `[B, C, T, H, W]` and their conditioning."""
+
+    latents: Tensor
+    conditioning: Conditioning
+
+
+def unconditional(conditioning: Conditioning, policy: UncondPolicy, negative: Conditioning | None) -> Conditioning:
+    """The conditioning of guidance's unconditional pass.
+
+    Args:
+        conditioning: the conditional pass's.
+        policy: per channel: keep it, zero it, drop it or (text) take the negative prompt.
+        negative: the negative prompt's text, batch size 1 or B; only needed by the policy `negative_prompt`.
+    """
+    text, mask = conditioning.text, conditioning.text_mask
+    if policy.text == "negative_prompt":
+        assert negative is not None and negative.text is not None, "the negative prompt must be encoded first"
+        text, mask = _expand(negative.text, conditioning), _expand(negative.text_mask, conditioning)
+    elif policy.text == "zero" and text is not None:
+        text = torch.zeros_like(text)
+    elif policy.text == "drop":
+        text, mask = None, None
+    extras = dict(conditioning.extras)
+    for channel, columns in CHANNEL_COLUMNS.items():
+        for column in columns:
+            if column in extras:
+                extras = _apply(extras, column, getattr(policy, channel))
+    return replace(conditioning, text=text, text_mask=mask, extras=extras)
+
+
+def _apply(extras: dict[str, Tensor], column: str, policy: str) -> dict[str, Tensor]:
+    if policy == "keep":
+        return extras
+    if policy == "zero":
+        return {**extras, column: torch.zeros_like(extras[column])}
+    return {name: value for name, value in extras.items() if name != column}
+
+
+def _expand(value: Tensor | None, like: Conditioning) -> Tensor | None:
+    if value is None or like.text is None:
+        return value
+    return value.expand(like.text.shape[0], *value.shape[1:])

@@ -1,0 +1,100 @@
+"""Reading diffusers directories: where a model is, what its configs say, and replacing its weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_dtype(name: str | torch.dtype) -> torch.dtype:
+    """The torch dtype called `name`.
+
+    Raises:
+        ValueError: listing the known names.
+    """
+    if isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise ValueError(f"torch_dtype={name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def resolve_directory(init_from: str | Path) -> Path:
+    """The local directory of a diffusers pipeline; a Hub id is downloaded (or found in the cache).
+
+    Raises:
+        FileNotFoundError: if it is neither, saying what was tried.
+    """
+    path = Path(init_from).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise FileNotFoundError(f"init_from={str(init_from)!r} has no model_index.json; give a diffusers directory")
+        return path
+    name = str(init_from)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"init_from={name!r}: no such directory (a Hub id would look like owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"init_from={name!r} is no local directory and could not be had from the Hub ({type(error).__name__}); "
+            "check the spelling, your connection and `hf auth login`"
+        ) from error
+
+
+def load_component_config(directory: Path, component: str) -> dict[str, Any]:
+    """The `config.json` of one component of a pipeline directory.
+
+    Raises:
+        FileNotFoundError: if the directory lacks it.
+    """
+    path = directory / component / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; {directory} is no complete diffusers pipeline directory")
+    return json.loads(path.read_text())
+
+
+def read_flow_shift(directory: Path) -> float:
+    """The shift in a pipeline's scheduler config: `flow_shift` (UniPC) or `shift` (flow-match Euler).
+
+    Raises:
+        ValueError: if the scheduler has neither.
+    """
+    path = directory / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    for key in ("flow_shift", "shift"):
+        if config.get(key) is not None:
+            return float(config[key])
+    raise ValueError(f"{path} tells no flow shift; set models.<role>.flow_shift")
+
+
+def load_weights_override(transformer: nn.Module, path: str) -> None:
+    """Replace all weights of a network by those of a safetensors file in the same key names.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: listing missing, unexpected and mis-shaped keys.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights={path!r}: no such file")
+    weights = load_file(path)
+    own = transformer.state_dict()
+    problems = [f"missing {key}" for key in own if key not in weights]
+    problems += [f"unexpected {key}" for key in weights if key not in own]
+    problems += [
+        f"{key} has shape {tuple(weights[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in weights and weights[key].shape != own[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"weights={path!r} don't fit the network: {'; '.join(problems[:8])}{more}")
+    transformer.load_state_dict(weights)

@@ -1,0 +1,155 @@
+"""Wan 2.1 text-to-video over diffusers' `WanTransformer3DModel`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from torch import Tensor, nn
+
+from .base import ModelBase
+from .conditioning import Conditioning
+from .pretrained import (
+    load_component_config,
+    load_weights_override,
+    parse_dtype,
+    read_flow_shift,
+    resolve_directory,
+)
+
+
+class WanModel(ModelBase):
+    """Wan's network output is the velocity itself; its timestep is 1000 sigma and its text is padded with zeros.
+
+    The arguments are those of `ModelBase`; use `WanModel.from_pretrained` for a diffusers directory.
+    """
+
+    def __init__(self, transformer: nn.Module, *, directory: str | Path, **kwargs: Any) -> None:
+        super().__init__(transformer, directory=directory, **kwargs)
+        self.network_config = cast(Any, transformer).config
+        vae = load_component_config(self.directory, "vae")
+        self.temporal_factor = int(vae["scale_factor_temporal"])
+        self.latents_mean = torch.tensor(vae["latents_mean"]).view(1, -1, 1, 1, 1)
+        self.latents_std = torch.tensor(vae["latents_std"]).view(1, -1, 1, 1, 1)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        init_from: str,
+        *,
+        trainable: bool = False,
+        flow_shift: float | None = None,
+        torch_dtype: str | torch.dtype = "float32",
+        weights: str | None = None,
+        gradient_checkpointing: bool = False,
+        attention_backend: str | None = None,
+        negative_prompt: str = "",
+        text_length: int = 512,
+    ) -> "WanModel":
+        """Load a Wan pipeline directory or Hub repository.
+
+        Args:
+            init_from: a local diffusers directory or a Hub id `owner/name`.
+            trainable: whether this role is trained.
+            flow_shift: the noise schedule's shift; None reads it from the directory's scheduler.
+            torch_dtype: of the weights; trainable roles want float32.
+            weights: a safetensors file in diffusers' key names that replaces the transformer's weights.
+            gradient_checkpointing: recompute activations in the backward pass.
+            attention_backend: a diffusers attention backend, for instance "flash" or "native".
+            negative_prompt: see `ModelBase`.
+            text_length: see `ModelBase`.
+
+        Raises:
+            FileNotFoundError: if there is no such model.
+            ValueError: for weights that don't fit, an image-to-video network, an unknown dtype or attention backend.
+        """
+        directory = resolve_directory(init_from)
+        transformer = WanTransformer3DModel.from_pretrained(
+            directory, subfolder="transformer", torch_dtype=parse_dtype(torch_dtype)
+        )
+        if transformer.config.image_dim is not None or transformer.config.in_channels != transformer.config.out_channels:
+            raise ValueError(f"{init_from} is an image-to-video Wan; WanModel handles Wan 2.1 text-to-video")
+        if weights is not None:
+            load_weights_override(transformer, weights)
+        if gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        if attention_backend is not None:
+            transformer.set_attention_backend(attention_backend)
+        return cls(
+            transformer,
+            directory=directory,
+            flow_shift=read_flow_shift(directory) if flow_shift is None else flow_shift,
+            trainable=trainable,
+            negative_prompt=negative_prompt,
+            text_length=text_length,
+        )
+
+    def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """See `ModelBase.predict_velocity`; a sigma per latent frame is spread over the frame's tokens."""
+        assert conditioning.text is not None, "Wan has no network without text; see required_channels"
+        timestep = 1000 * sigma.float()
+        if timestep.ndim == 2:
+            _, patch_height, patch_width = self.network_config.patch_size
+            tokens_per_frame = (x_t.shape[3] // patch_height) * (x_t.shape[4] // patch_width)
+            timestep = timestep.repeat_interleave(tokens_per_frame, dim=1)
+        (velocity,) = self.transformer(
+            hidden_states=x_t.to(self.dtype),
+            timestep=timestep,
+            encoder_hidden_states=conditioning.text.to(self.dtype),
+            return_dict=False,
+        )
+        return velocity.float()
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """See `ModelBase.encode_prompts`; cleaning, tokenising and padding are `WanPipeline`'s own."""
+        pipeline = WanPipeline.from_pretrained(self.directory, transformer=None, vae=None, torch_dtype=self.dtype)
+        pipeline.text_encoder.to(self.device)
+        text, _ = pipeline.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.device
+        )
+        # The pipeline pads with zeros and gives no mask; an encoded token is never exactly zero.
+        return Conditioning(text.float(), text.abs().sum(dim=-1) > 0)
+
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        """`(latents - mean) / std` with the VAE's per-channel statistics, fp32."""
+        return (latents.float() - self.latents_mean.to(latents.device)) / self.latents_std.to(latents.device)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """See `ModelBase.decode_latents`."""
+        vae = AutoencoderKLWan.from_pretrained(self.directory, subfolder="vae", torch_dtype=self.dtype)
+        vae.to(latents.device)
+        raw = latents.float() * self.latents_std.to(latents.device) + self.latents_mean.to(latents.device)
+        video = vae.decode(raw.to(vae.dtype), return_dict=False)[0]
+        return (video.float() / 2 + 0.5).clamp(0, 1)
+
+    def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
+        """See `ModelBase.check_latent_shape`: channels, patch divisibility and 4k + 1 frames."""
+        shown = tuple(shape)
+        if len(shown) != 4:
+            raise ValueError(f"latents have shape {shown}; expected [C, T, H, W]")
+        channels, frames, height, width = shown
+        if channels != self.network_config.in_channels:
+            raise ValueError(
+                f"latents {shown} have {channels} channels but {self.directory} takes {self.network_config.in_channels}; "
+                "encode the data with this model's own VAE"
+            )
+        for name, size, patch in zip(("T", "H", "W"), (frames, height, width), self.network_config.patch_size, strict=True):
+            if size < patch or size % patch:
+                raise ValueError(f"latents {shown}: {name}={size} does not divide by the patch size {patch}; crop the data")
+        factor = self.temporal_factor
+        if num_frames is not None and num_frames != (frames - 1) * factor + 1:
+            raise ValueError(
+                f"a clip of {num_frames} frames can't have {frames} latent frames: this VAE turns {factor}k+1 frames into "
+                f"k+1, so {frames} latent frames are {(frames - 1) * factor + 1} frames; re-encode the clip"
+            )
+
+    def check_text(self, shape: Sequence[int]) -> None:
+        """See `ModelBase.check_text`."""
+        if shape[-1] != self.network_config.text_dim:
+            raise ValueError(
+                f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, whose text_dim is "
+                f"{self.network_config.text_dim}; encode the captions with this model's own text encoder"
+            )

@@ -1,0 +1,56 @@
+"""Densities of the training sigma, each as its quantile function: a uniform draw in, a sigma out.
+
+Being functions of a uniform number they hold no randomness of their own, and stratified or shared draws come for free.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .shift import shift_sigma
+
+DENSITIES = ("uniform", "logit_normal", "mode")
+
+# A uniform draw of exactly 0 or 1 has no finite normal quantile.
+_EDGE = 1e-6
+
+
+def uniform_sigma(u: Tensor) -> Tensor:
+    """sigma = u."""
+    return u
+
+
+def logit_normal_sigma(u: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """sigma = sigmoid(mean + std z) with z the normal quantile of u (Esser et al. 2024, eq. 19)."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(_EDGE, 1 - _EDGE)))
+
+
+def mode_sigma(u: Tensor, *, scale: float = 1.29) -> Tensor:
+    """sigma = 1 - u - scale (cos^2(pi u / 2) - 1 + u), heavy-tailed around its mode (Esser et al. 2024, eq. 20).
+
+    The map is monotonic for scale in [-1, 2 / (pi - 2)].
+    """
+    return 1 - u - scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
+
+
+def density_sigma(
+    u: Tensor, density: str, *, logit_mean: float = 0.0, logit_std: float = 1.0, mode_scale: float = 1.29
+) -> Tensor:
+    """The sigma at uniform number `u` (any shape) of the density called `density`.
+
+    Raises:
+        ValueError: if the density is not one of `DENSITIES`.
+    """
+    if density == "uniform":
+        return uniform_sigma(u)
+    if density == "logit_normal":
+        return logit_normal_sigma(u, mean=logit_mean, std=logit_std)
+    if density == "mode":
+        return mode_sigma(u, scale=mode_scale)
+    raise ValueError(f"unknown sigma density {density!r}; choose one of {', '.join(DENSITIES)}")
+
+
+def score_sigma(u: Tensor, *, shift: float, minimum: float = 0.02, maximum: float = 0.98) -> Tensor:
+    """The sigma at which teacher and critic score a sample: `u` shifted, then clamped to [minimum, maximum]."""
+    return shift_sigma(u.float(), shift).clamp(minimum, maximum)

@@ -1,0 +1,205 @@
+"""From a config to a finished run: the pieces that the example scripts put together by hand."""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from fv_distill.callbacks.base import CallbackDict
+from fv_distill.config.instantiate import instantiate, resolve_target
+from fv_distill.config.load import dump_run_config, load_run_config
+from fv_distill.config.schema import RunConfig
+from fv_distill.console import console
+from fv_distill.data.parquet import ParquetDataset
+from fv_distill.methods.base import TrainingMethod
+from fv_distill.models.base import ModelBase
+
+from .checkpoint import find_checkpoint, read_metadata
+from .sharding import make_accelerator
+from .tracking import CONFIG_FILE, METRICS_FILE
+from .trainer import Trainer
+
+# What a run writes into its output directory; --overwrite removes these and nothing else.
+RUN_FILES = (CONFIG_FILE, METRICS_FILE, "checkpoints", "logs", "validation")
+
+
+def run_training_from_config(
+    config_path: str | Path, dry_run: bool = False, overrides: Sequence[str] | Mapping[str, Any] | None = None
+) -> Path:
+    """Train what a YAML file describes, for any method, and return the output directory.
+
+    Args:
+        config_path: the run's YAML.
+        dry_run: build everything, print the resolved config and the sizes, train nothing.
+        overrides: dotted overrides, as `["--training.seed", "1"]` or `{"training.seed": 1}`.
+
+    Raises:
+        ValueError: for what is wrong with the config, the models or the data, naming key and fix.
+    """
+    return run_training(load_run_config(config_path, overrides), dry_run=dry_run)
+
+
+def run_training(config: RunConfig, *, dry_run: bool = False) -> Path:
+    """Train what a loaded config describes; see `run_training_from_config`."""
+    trainer = build_trainer(config, dry_run=dry_run)
+    if dry_run:
+        print_dry_run(trainer)
+    else:
+        trainer.train()
+    return Path(config.training.output_dir)
+
+
+def build_trainer(config: RunConfig, *, dry_run: bool = False) -> Trainer:
+    """The trainer of a config, in the order in which mistakes are cheapest to find."""
+    accelerator = build_accelerator(config, dry_run=dry_run)
+    dataset = build_dataset(config)
+    models = build_models(config)
+    method = build_method(config, models)
+    check_data_fits(dataset, method, config)
+    return Trainer(accelerator, method, dataset, config, build_callbacks(config))
+
+
+def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerator:
+    """The accelerator of the launch; the output directory is claimed first.
+
+    Raises:
+        FileExistsError: if the directory holds another run.
+    """
+    training = config.training
+    accelerator = make_accelerator(
+        output_dir=training.output_dir,
+        mixed_precision=training.distributed.mixed_precision,
+        trackers=() if dry_run else training.tracker.trackers,
+    )
+    if not dry_run:
+        # Every process looks before the main one writes, so that all of them see the same directory.
+        _refuse_foreign_run(config)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and training.overwrite and training.checkpoint.resume_from_checkpoint is None:
+            _remove_run(Path(training.output_dir))
+        accelerator.wait_for_everyone()
+    return accelerator
+
+
+def build_dataset(config: RunConfig) -> ParquetDataset:
+    """The rows of `training.data`."""
+    data = config.training.data
+    return ParquetDataset(data.data_path, on_bad_row=data.on_bad_row, cache_dir=data.cache_dir)
+
+
+def build_models(config: RunConfig, roles: Sequence[str] | None = None) -> dict[str, ModelBase]:
+    """Load the adapters of `models`, or of some of its roles."""
+    return {role: build_model(config, role) for role in (config.models if roles is None else roles)}
+
+
+def build_model(config: RunConfig, role: str) -> ModelBase:
+    """Load one role's adapter.
+
+    Raises:
+        ValueError: if the config has no such role or its keys don't fit the adapter.
+        FileNotFoundError: if the model isn't there.
+    """
+    if role not in config.models:
+        raise ValueError(f"models.{role} is missing from the config; it has {', '.join(config.models) or 'no roles'}")
+    model = config.models[role]
+    defaults = config.training.model
+    kwargs = {
+        "init_from": model.init_from,
+        "trainable": model.trainable,
+        "flow_shift": model.flow_shift,
+        "torch_dtype": _dtype_name(config, role),
+        "weights": model.weights,
+        "gradient_checkpointing": model.trainable and (model.gradient_checkpointing or defaults.gradient_checkpointing),
+        "attention_backend": model.attention_backend or defaults.attention_backend,
+        "negative_prompt": model.negative_prompt,
+        "text_length": config.training.data.text_length,
+        **(model.model_extra or {}),
+    }
+    try:
+        return instantiate({"_target_": f"{model.target}.from_pretrained", **kwargs})
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"models.{role}: {error}") from error
+
+
+def build_method(config: RunConfig, models: Mapping[str, ModelBase]) -> TrainingMethod:
+    """The method of the config over its adapters."""
+    kind = resolve_target(config.method.target)
+    if not (isinstance(kind, type) and issubclass(kind, TrainingMethod)):
+        raise TypeError(f"method._target_: {config.method.target} is not a subclass of fv_distill.methods.TrainingMethod")
+    return kind(models, kind.options_class.model_validate(config.method.options))
+
+
+def build_callbacks(config: RunConfig) -> CallbackDict:
+    """The callbacks of the config."""
+    options = {name: callback.as_kwargs() for name, callback in config.callbacks.items()}
+    return CallbackDict(options, config.training)
+
+
+def check_data_fits(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig) -> None:
+    """Compare the first row with the student before anything is trained.
+
+    Raises:
+        ValueError: naming what doesn't fit and how to mend it.
+    """
+    row, student = dataset[0], method.models["student"]
+    if "vae_latent" in row:
+        student.check_latent_shape(tuple(row["vae_latent"].shape), num_frames=row.get("num_frames"))
+    elif config.training.data.latent_shape is not None:
+        student.check_latent_shape(config.training.data.latent_shape)
+    student.check_text(tuple(row["text_embedding"].shape))
+
+
+def print_dry_run(trainer: Trainer) -> None:
+    """Print the resolved config, the sizes of the networks and the batch."""
+    if not trainer.accelerator.is_main_process:
+        return
+    console.print(dump_run_config(trainer.config), markup=False, highlight=False)
+    for role, model in trainer.models.items():
+        count = sum(parameter.numel() for parameter in model.transformer.parameters())
+        state = "trained" if model.trainable else "frozen"
+        console.print(f"{role}: {count / 1e6:.2f} M parameters, {model.dtype}, {state}", highlight=False)
+    plan = trainer.plan
+    console.print(
+        f"{len(trainer.dataset)} rows, global batch {plan.global_batch_size}, "
+        f"{trainer.config.training.loop.max_train_steps} steps; dry run: nothing was trained",
+        highlight=False,
+    )
+
+
+def _dtype_name(config: RunConfig, role: str) -> str:
+    model = config.models[role]
+    if model.torch_dtype != "auto":
+        return model.torch_dtype
+    if model.trainable:
+        return "float32"
+    return "bfloat16" if _mixed_precision(config) == "bf16" else "float32"
+
+
+def _mixed_precision(config: RunConfig) -> str:
+    return config.training.distributed.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def _refuse_foreign_run(config: RunConfig) -> None:
+    training = config.training
+    directory = Path(training.output_dir)
+    if training.checkpoint.resume_from_checkpoint is not None:
+        read_metadata(find_checkpoint(training.checkpoint.resume_from_checkpoint, directory))
+        return
+    present = [name for name in RUN_FILES if (directory / name).exists()]
+    if present and not training.overwrite:
+        raise FileExistsError(
+            f"training.output_dir={str(directory)!r} holds another run ({', '.join(present)}); resume it with "
+            "--resume-from-checkpoint latest, replace it with --overwrite, or choose another directory"
+        )
+
+
+def _remove_run(directory: Path) -> None:
+    for name in RUN_FILES:
+        path = directory / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,128 @@
+"""Where a role's network runs: on one device, replicated (DDP) or sharded (FSDP2), as accelerate's config says.
+
+Accelerate is built around one model. What it takes to give it several is kept in this file, each with its reason.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.optim import Optimizer
+
+from fv_distill.models.base import ModelBase
+
+
+def make_accelerator(
+    *, output_dir: str | Path, mixed_precision: str | None = None, trackers: Sequence[str] = ()
+) -> Accelerator:
+    """The accelerator that the launch configuration asks for.
+
+    Args:
+        output_dir: the run's directory; trackers write to its `logs` folder.
+        mixed_precision: "no" or "bf16"; None takes the launcher's.
+        trackers: names of accelerate trackers.
+
+    Raises:
+        ValueError: for fp16, FSDP version 1, or a launcher's FSDP that didn't come into force.
+    """
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        log_with=list(trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs")),
+        step_scheduler_with_optimizer=False,
+    )
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError("mixed_precision fp16 is not supported: DMD gradients leave its range; use bf16 or no")
+    _enable_fsdp2_on_cpu(accelerator)
+    wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if wants_fsdp and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
+        raise ValueError(
+            "the launcher asks for FSDP but version 2 is not in force; set fsdp_version: 2 in accelerate's config"
+        )
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        # Accelerate's policy reduces gradients in bf16. Inputs are cast by our adapters: the policy would also round
+        # the fp32 timestep to 8 bits.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    return accelerator
+
+
+def _enable_fsdp2_on_cpu(accelerator: Accelerator) -> None:
+    """Switch FSDP2 on for CPU processes that ask for it; accelerate ignores the plugin there without a word."""
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not wanted or accelerator.device.type != "cpu" or accelerator.num_processes == 1:
+        return
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+
+
+def prepare_trainable(accelerator: Accelerator, model: ModelBase, optimizer: Optimizer) -> Optimizer:
+    """Put a trainable role's network and optimizer under the accelerator, replacing `model.transformer`.
+
+    Called once per role in checkpoint order: `save_state` pairs the i-th optimizer with the i-th model, and FSDP2 takes
+    exactly one model with its optimizer.
+    """
+    model.transformer, optimizer = accelerator.prepare(model.transformer, optimizer)
+    _set_compute_dtype(accelerator, model)
+    return optimizer
+
+
+def prepare_frozen(accelerator: Accelerator, model: ModelBase) -> None:
+    """Place or shard a network without an optimizer.
+
+    `accelerator.prepare_model` would register it and break the pairing of models with optimizers in checkpoints.
+    """
+    if accelerator.is_fsdp2:
+        model.transformer = fsdp2_prepare_model(accelerator, model.transformer)
+        _set_compute_dtype(accelerator, model)
+    else:
+        model.transformer.to(accelerator.device)
+
+
+def prepare_averaged(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """Place or shard an EMA copy and register it for checkpoints; has to come after all trainable roles."""
+    if accelerator.is_fsdp2:
+        module = fsdp2_prepare_model(accelerator, module)
+    return accelerator.prepare_model(module, evaluation_mode=True)
+
+
+def _set_compute_dtype(accelerator: Accelerator, model: ModelBase) -> None:
+    """Under FSDP2 the gathered weights are bf16, and so are the inputs that the adapter has to pass."""
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy if accelerator.is_fsdp2 else None
+    if policy is not None and policy.param_dtype is not None:
+        model.dtype = policy.param_dtype
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The network inside a DDP wrapper; an FSDP2 network is its own wrapper."""
+    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+
+
+def reshard(module: nn.Module) -> None:
+    """Free gathered FSDP2 weights, so that `parameters()` are the shards that the optimizer updates.
+
+    A forward without gradients leaves the root gathered: its parameters are then temporary copies.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def local_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """A network's parameters, this process's shards of them under FSDP2."""
+    reshard(module)
+    return unwrap(module).parameters()
+
+
+def gradient_sync(accelerator: Accelerator, module: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
+    """Whether backward passes inside reduce gradients over processes: only the last micro-batch of a step has to."""
+    return nullcontext() if enabled else accelerator.no_sync(module)

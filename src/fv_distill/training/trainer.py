@@ -1,0 +1,160 @@
+"""The training loop: which role steps is the method's business, everything around it is here."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from fv_distill.callbacks.base import CallbackDict
+from fv_distill.config.schema import RunConfig
+from fv_distill.data.loader import BatchPlan, build_loader
+from fv_distill.data.parquet import ParquetDataset
+from fv_distill.methods.base import TrainingMethod
+from fv_distill.rng import SampleRng
+
+from .checkpoint import CheckpointManager
+from .roles import prepare_roles
+from .sharding import gradient_sync
+from .tracking import RunLog
+
+
+class NonFiniteLossError(ValueError):
+    """The loss was not finite for too many steps in a row."""
+
+
+class Trainer:
+    """Trains a method's roles on a data set.
+
+    Args:
+        accelerator: from `make_accelerator`.
+        method: what is minimised.
+        dataset: the rows.
+        config: the run's config.
+        callbacks: hooks; their order is the order of the calls.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        method: TrainingMethod,
+        dataset: ParquetDataset,
+        config: RunConfig,
+        callbacks: CallbackDict,
+    ) -> None:
+        self.accelerator = accelerator
+        self.method = method
+        self.models = method.models
+        self.config = config
+        self.callbacks = callbacks
+        self.dataset = dataset
+        self.step = 0
+        self._nonfinite_steps = 0
+        training = config.training
+        self.plan = BatchPlan(
+            seed=training.seed,
+            num_rows=len(dataset),
+            micro_batch_size=training.data.train_batch_size,
+            accumulation_steps=training.loop.gradient_accumulation_steps,
+            world_size=accelerator.num_processes,
+            rank=accelerator.process_index,
+        )
+        for model in self.models.values():
+            model.transformer.to(accelerator.device)
+        method.encode_prompts()
+        callbacks.call("on_before_prepare", self)
+        self.roles = prepare_roles(
+            accelerator, method, training.optimizer.as_kwargs(), max_train_steps=training.loop.max_train_steps
+        )
+        self.checkpoints = CheckpointManager(self)
+        self.log = RunLog(accelerator, config)
+
+    def train(self) -> None:
+        """Run from the first step, or the resumed one, to `training.loop.max_train_steps`.
+
+        Raises:
+            NonFiniteLossError: after `max_nonfinite_steps` steps in a row without a finite loss.
+        """
+        loop = self.config.training.loop
+        self.callbacks.call("on_train_start", self)
+        self.checkpoints.resume_if_asked()
+        self.log.start(self.step, loop.max_train_steps)
+        try:
+            for micro_batches in self._batches():
+                self.step += 1
+                metrics: dict[str, float] = {}
+                for role in self.method.updates(self.step):
+                    metrics |= self._update(role, micro_batches)
+                self._stop_if_nonfinite(metrics)
+                self.callbacks.call("on_training_step_end", self, metrics)
+                self.log.step(self.step, metrics, num_bad_rows=sum(batch["num_bad_rows"] for batch in micro_batches))
+                self.checkpoints.save_if_due()
+            self.callbacks.call("on_train_end", self)
+        finally:
+            self.log.finish()
+
+    def _update(self, role_name: str, micro_batches: list[dict[str, Any]]) -> dict[str, float]:
+        """Accumulate the gradients of one role over the micro-batches and step its optimizer if all is finite."""
+        role = self.roles[role_name]
+        sums: dict[str, torch.Tensor] = {}
+        for index, batch in enumerate(micro_batches):
+            rng = SampleRng(self.config.training.seed, self.step, batch["sample_index"], self.accelerator.device)
+            is_last = index == len(micro_batches) - 1
+            with gradient_sync(self.accelerator, role.model.transformer, enabled=is_last):
+                for term in self.method.losses(role_name, batch, rng):
+                    self.accelerator.backward(term.loss / len(micro_batches))
+                    for name, value in term.metrics.items():
+                        sums[name] = sums.get(name, 0) + value.float() / len(micro_batches)
+        rate = role.set_learning_rate()
+        self.callbacks.call("on_before_optimizer_step", self, role_name, sums)
+        metrics = self._mean_over_processes(sums)
+        if all(math.isfinite(value) for value in metrics.values()):
+            role.optimizer.step()
+        role.optimizer.zero_grad(set_to_none=True)
+        role.updates += 1
+        self.callbacks.call("on_after_optimizer_step", self, role_name)
+        return metrics | {f"lr/{role_name}": rate}
+
+    def _batches(self) -> Iterator[list[dict[str, Any]]]:
+        """The micro-batches of each remaining step, on the device."""
+        training = self.config.training
+        loader = build_loader(
+            self.dataset,
+            self.plan,
+            start_step=self.step,
+            num_steps=training.loop.max_train_steps - self.step,
+            text_length=training.data.text_length,
+            caption_dropout=training.data.caption_dropout,
+            seed=training.seed,
+            num_workers=training.data.num_workers,
+        )
+        for micro_batches in loader:
+            yield [self._to_device(batch) for batch in micro_batches]
+
+    def _to_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        moved = {
+            key: value.to(self.accelerator.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()
+        }
+        if self.config.training.data.latent_shape is not None:
+            moved["latent_shape"] = self.config.training.data.latent_shape
+        return moved
+
+    def _mean_over_processes(self, metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """All metrics in one reduction and one copy to the host; every process sees the same numbers."""
+        values = torch.stack([value.detach().float().reshape(()).to(self.accelerator.device) for value in metrics.values()])
+        return dict(zip(metrics, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+
+    def _stop_if_nonfinite(self, metrics: Mapping[str, float]) -> None:
+        bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        self._nonfinite_steps = self._nonfinite_steps + 1 if bad else 0
+        limit = self.config.training.loop.max_nonfinite_steps
+        if bad:
+            self.log.warn(f"step {self.step}: {', '.join(f'{k}={v}' for k, v in bad.items())}; this update was skipped")
+        if self._nonfinite_steps >= limit:
+            raise NonFiniteLossError(
+                f"{', '.join(bad)} not finite for {limit} steps in a row, up to step {self.step}; "
+                f"the last good checkpoint is {self.checkpoints.latest() or 'none'}. "
+                "Lower training.optimizer.learning_rate or look at the data (training.loop.max_nonfinite_steps sets the limit)"
+            )
