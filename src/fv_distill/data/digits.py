@@ -1,0 +1,104 @@
+"""The embedded data set: short clips of real handwritten digits that move and bounce, captioned in words.
+
+The images are scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" test set (Alpaydin & Kaynak
+1998, CC BY 4.0): 1,797 grey 8 x 8 scans. A caption fixes the digit and the direction in which it sets off; where it
+starts, how fast it is and therefore when it bounces are left open, so that a caption has many right answers and a
+sampler with too few steps shows their blurred average.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIRECTIONS = ("left", "right", "up", "down")
+NUM_FRAMES = 5
+CANVAS = 16
+DIGIT_SIZE = 8
+PATCH = 4
+"""Latents are the clip folded by this factor: `PATCH`^2 channels at 1/`PATCH` of the size."""
+
+TEXT_LENGTH = 8
+"""Tokens that hold every caption with its end mark."""
+
+FPS = 4
+LANES = (0, 4, 8)
+SPEEDS = (2, 4)
+_TRAVEL = CANVAS - DIGIT_SIZE
+
+CAPTIONS = tuple(f"a handwritten {word} moving {direction}" for word in DIGIT_WORDS for direction in DIRECTIONS)
+
+
+@dataclass(frozen=True)
+class DigitClips:
+    """Clips in [-1, 1], fp32 `[N, 1, 5, 16, 16]`, and the index of each one's caption in `CAPTIONS`."""
+
+    clips: Tensor
+    captions: Tensor
+
+
+def digit_images(split: str) -> tuple[Tensor, Tensor]:
+    """Grey images in [0, 1], fp32 `[N, 8, 8]`, and their digits; `split` is "train" (3 of 4) or "held_out".
+
+    Raises:
+        ValueError: for another split.
+        ImportError: if scikit-learn is missing.
+    """
+    if split not in ("train", "held_out"):
+        raise ValueError(f"split={split!r} is neither train nor held_out")
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digits come with scikit-learn: pip install 'fv_distill[digits]'") from error
+    bunch = load_digits()
+    images = torch.tensor(bunch.images / 16.0, dtype=torch.float32)
+    digits = torch.tensor(bunch.target, dtype=torch.long)
+    held_out = torch.arange(len(images)) % 4 == 3
+    chosen = held_out if split == "held_out" else ~held_out
+    return images[chosen], digits[chosen]
+
+
+def sample_clips(split: str, count: int, generator: torch.Generator) -> DigitClips:
+    """Draw `count` clips with all that their captions leave open: image, lane, start and speed."""
+    images, digits = digit_images(split)
+    chosen = torch.randint(len(images), (count,), generator=generator)
+    direction = torch.randint(len(DIRECTIONS), (count,), generator=generator)
+    lane = torch.tensor(LANES)[torch.randint(len(LANES), (count,), generator=generator)]
+    speed = torch.tensor(SPEEDS)[torch.randint(len(SPEEDS), (count,), generator=generator)]
+    along = _positions(speed, torch.rand(count, generator=generator), forwards=direction % 2 == 1)
+    horizontal = direction < 2
+    clips = torch.full((count, NUM_FRAMES, CANVAS, CANVAS), -1.0)
+    rows = torch.where(horizontal[:, None], lane[:, None], along)
+    columns = torch.where(horizontal[:, None], along, lane[:, None])
+    square = torch.arange(DIGIT_SIZE)
+    for frame in range(NUM_FRAMES):
+        row = (rows[:, frame, None] + square)[:, :, None]
+        column = (columns[:, frame, None] + square)[:, None, :]
+        clips[torch.arange(count)[:, None, None], frame, row, column] = images[chosen] * 2 - 1
+    return DigitClips(clips[:, None], digits[chosen] * len(DIRECTIONS) + direction)
+
+
+def to_latents(clips: Tensor) -> Tensor:
+    """Fold space into channels: `[N, 1, F, 16, 16]` to `[N, 16, F, 4, 4]`."""
+    count, _, frames, height, width = clips.shape
+    folded = clips.reshape(count, frames, height // PATCH, PATCH, width // PATCH, PATCH)
+    # The channel order is the one of AutoencoderKLWan's patchify: width within the patch first.
+    return folded.permute(0, 5, 3, 1, 2, 4).reshape(count, PATCH * PATCH, frames, height // PATCH, width // PATCH)
+
+
+def from_latents(latents: Tensor) -> Tensor:
+    """The inverse of `to_latents`."""
+    count, _, frames, height, width = latents.shape
+    unfolded = latents.reshape(count, PATCH, PATCH, frames, height, width).permute(0, 3, 4, 2, 5, 1)
+    return unfolded.reshape(count, 1, frames, height * PATCH, width * PATCH)
+
+
+def _positions(speed: Tensor, u: Tensor, *, forwards: Tensor) -> Tensor:
+    """Positions along the way `[N, F]`: a start from which the first step is possible, then moves that bounce."""
+    places = (_TRAVEL - speed) // SPEEDS[0] + 1
+    start = (u * places).long().clamp_max(places - 1) * SPEEDS[0]
+    unfolded = start[:, None] + speed[:, None] * torch.arange(NUM_FRAMES)
+    phase = unfolded % (2 * _TRAVEL)
+    bounced = torch.where(phase <= _TRAVEL, phase, 2 * _TRAVEL - phase)
+    return torch.where(forwards[:, None], bounced, _TRAVEL - bounced)
