@@ -1,4 +1,4 @@
-"""Train the judge on real clips and save it. Takes about a minute on two cores.
+"""Train the judge on real clips and save it. Takes less than a minute on two cores.
 
     python examples/digits/train_judge.py --output examples/digits/judge.safetensors
 """
@@ -17,7 +17,7 @@ from fv_distill.data.digits import DIRECTIONS, sample_clips
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=JUDGE_FILE)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,0 +1,70 @@
+"""How good generated clips are: two Frechet distances to real training clips, and how often the judge reads the caption."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from judge import load_judge
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from fv_distill.data.digits import sample_clips
+
+REFERENCE_CLIPS = 4000
+REFERENCE_SEED = 77
+PIXEL_COMPONENTS = 48
+# A feature that hardly varies over real clips would dominate the distance once divided by its deviation.
+_SMALLEST_DEVIATION = 1e-3
+
+
+@dataclass(frozen=True)
+class Quality:
+    """`frechet_cnn` on standardised judge features, `frechet_pixel` on pixel components, `prompt_accuracy` in [0, 1]."""
+
+    frechet_cnn: float
+    frechet_pixel: float
+    prompt_accuracy: float
+
+
+class Evaluator:
+    """Compares clips with a fixed reference set of real training clips."""
+
+    def __init__(self) -> None:
+        self.judge = load_judge()
+        real = sample_clips("train", REFERENCE_CLIPS, torch.Generator().manual_seed(REFERENCE_SEED)).clips
+        features, _ = self.judge.classify(real)
+        deviation = features.std(0)
+        self._kept = deviation > _SMALLEST_DEVIATION
+        self._deviation = deviation[self._kept]
+        self._real_features = self._standardise(features)
+        self._components = PCA(PIXEL_COMPONENTS, random_state=0).fit(real.flatten(1).numpy())
+        self._real_pixels = self._components.transform(real.flatten(1).numpy())
+
+    def __call__(self, clips: Tensor, captions: Tensor) -> Quality:
+        """The quality of clips `[N, 1, 5, 16, 16]` in [-1, 1] that were asked for by caption index `[N]`."""
+        clips = clips.clamp(-1, 1)
+        features, read = self.judge.classify(clips)
+        return Quality(
+            frechet_cnn=frechet_distance(self._standardise(features), self._real_features),
+            frechet_pixel=frechet_distance(self._components.transform(clips.flatten(1).numpy()), self._real_pixels),
+            prompt_accuracy=(read == captions).float().mean().item(),
+        )
+
+    def _standardise(self, features: Tensor) -> np.ndarray:
+        return (features[:, self._kept] / self._deviation).numpy()
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """`|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))` between Gaussian fits (Heusel et al. 2017, eq. 6)."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root_b = _square_root(covariance_b)
+    # (C_a C_b)^(1/2) and the symmetric (B C_a B)^(1/2) with B = C_b^(1/2) have the same trace.
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root_b @ covariance_a @ root_b), 0, None)).sum()
+    difference = a.mean(0) - b.mean(0)
+    return float(difference @ difference + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross)
+
+
+def _square_root(matrix: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T

@@ -1,0 +1,13 @@
+"""Hooks of a training run."""
+
+from fv_distill._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "base": ["Callback", "CallbackDict"],
+        "ema": ["EMACallback"],
+        "grad_clip": ["GradNormClipCallback"],
+        "validation": ["ValidationCallback"],
+    },
+)

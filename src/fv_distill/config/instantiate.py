@@ -1,0 +1,77 @@
+"""From dotted paths in a config to objects."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from .schema import ConfigError
+
+
+def resolve_target(path: str) -> Any:
+    """The object at a dotted path: a class, a function, or an attribute of a class.
+
+    Raises:
+        ImportError: naming the part that doesn't exist, or that failed to import, and the nearest name.
+    """
+    parts = path.split(".")
+    if len(parts) < 2 or not all(parts):
+        raise ImportError(f"_target_ {path!r} is no dotted path such as package.module.Name")
+    module, depth = _import_longest(path, parts)
+    found: Any = module
+    for position, name in enumerate(parts[depth:], start=depth):
+        try:
+            found = getattr(found, name)
+        except AttributeError as error:
+            where = ".".join(parts[:position])
+            nearest = difflib.get_close_matches(name, dir(found), n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ImportError(f"_target_ {path!r}: {where} has no {name!r}{hint}") from error
+    return found
+
+
+def instantiate(config: Mapping[str, Any], **extra: Any) -> Any:
+    """Call the `_target_` of a config with its other keys and `extra`.
+
+    Raises:
+        ConfigError: if there is no target, or it does not take a key (those it takes are listed, the nearest first).
+        ImportError: see `resolve_target`.
+    """
+    if not config.get("_target_"):
+        raise ConfigError(f"there is no _target_ among the keys {', '.join(config) or '(none)'}")
+    path = config["_target_"]
+    target = resolve_target(path)
+    kwargs = {key: value for key, value in config.items() if key != "_target_"} | extra
+    _check_keywords(path, target, kwargs)
+    return target(**kwargs)
+
+
+def _import_longest(path: str, parts: list[str]) -> tuple[Any, int]:
+    """The module of the longest importable prefix, and how many parts it has."""
+    module, depth = None, 0
+    for end in range(1, len(parts) + 1):
+        name = ".".join(parts[:end])
+        try:
+            module, depth = importlib.import_module(name), end
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise ImportError(f"_target_ {path!r}: importing {name} failed: {error}") from error
+            break
+    if module is None:
+        raise ImportError(f"_target_ {path!r}: there is no package {parts[0]!r}; is it installed or on PYTHONPATH?")
+    return module, depth
+
+
+def _check_keywords(path: str, target: Any, kwargs: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(target).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    accepted = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for key in kwargs:
+        if key not in accepted:
+            nearest = difflib.get_close_matches(key, accepted, n=len(accepted), cutoff=0.0)
+            raise ConfigError(f"{path} takes no {key!r}; it takes {', '.join(nearest or accepted)}")
+    missing = [p.name for p in parameters if p.default is p.empty and p.name in accepted and p.name not in kwargs]
+    if missing:
+        raise ConfigError(f"{path} needs {', '.join(missing)}")

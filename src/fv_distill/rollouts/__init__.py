@@ -1,0 +1,10 @@
+"""How a student samples, in training and after it."""
+
+from fv_distill._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "few_step": ["few_step_rollout", "few_step_sample"],
+    },
+)

@@ -1,0 +1,25 @@
+"""Where and how long a method runs."""
+
+from fv_distill._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "checkpoint": ["CheckpointManager", "complete_checkpoints", "find_checkpoint"],
+        "run": [
+            "build_accelerator",
+            "build_callbacks",
+            "build_dataset",
+            "build_method",
+            "build_model",
+            "build_models",
+            "build_trainer",
+            "check_data_fits",
+            "print_dry_run",
+            "run_training",
+            "run_training_from_config",
+        ],
+        "sharding": ["make_accelerator"],
+        "trainer": ["NonFiniteLossError", "Trainer"],
+    },
+)
