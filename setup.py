@@ -1,15 +1,21 @@
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "src/fv_distill/__init__.py").read_text(encoding="utf-8"))[0]
 
 EXTRAS = {
     "wandb": ["wandb>=0.19,<1"],
-    "video": ["av>=14,<19"],
-    "digits": ["scikit-learn>=1.4,<2", "matplotlib>=3.8,<4"],
+    "video": ["av>=18,<19"],
+    "digits": ["scikit-learn>=1.9,<2", "matplotlib>=3.11,<4"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["digits"],
     *EXTRAS["video"],
-    "pytest>=8,<10",
+    "pytest>=9,<10",
     "ruff==0.17.6",
     "mypy==2.4.1",
     "types-PyYAML",
@@ -18,33 +24,34 @@ EXTRAS["dev"] = [
 
 setup(
     name="fv_distill",
-    version="0.1.0",
+    version=VERSION,
     description="Distil slow video-diffusion models into few-step ones",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    # diffusers 0.42, transformers 5.23 and pillow 13 start there.
+    python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"fv_distill": ["py.typed"]},
-    # The upper bounds are the newest releases that the tests ran with.
+    # Ranges start at the release that the tests ran with, where older ones were not tried; torch has a wider one.
     install_requires=[
         "torch>=2.9,<2.15",
         "accelerate>=1.15,<1.16",
         "diffusers>=0.42.1,<0.43",
-        "transformers>=5.20,<6",
+        "transformers>=5.23,<6",
         "peft>=0.21,<0.22",
-        "safetensors>=0.5,<1",
-        "datasets>=5.0,<6",
-        "huggingface_hub>=2.0,<3",
-        "omegaconf>=2.3,<3",
-        "pydantic>=2.10,<3",
-        "rich>=13,<16",
-        "tensorboard>=2.18,<3",
-        "pyarrow>=18",
-        "numpy>=1.26,<3",
-        "pillow>=11",
-        "ftfy>=6.2,<7",
+        "safetensors>=0.8,<1",
+        "datasets>=5.2,<6",
+        "huggingface_hub>=2.4,<3",
+        "omegaconf>=2.4,<3",
+        "pydantic>=2.14,<3",
+        "rich>=15,<16",
+        "tensorboard>=2.21,<3",
+        "pyarrow>=26",
+        "numpy>=2.4,<3",
+        "pillow>=13",
+        "ftfy>=6.3,<7",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["fv-distill = fv_distill.cli:main"]},
