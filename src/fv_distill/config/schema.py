@@ -37,7 +37,7 @@ class ModelConfig(OpenSection):
     flow_shift: float | None = Field(
         None, gt=0, description="shift of the noise schedule; null reads it from the directory's scheduler"
     )
-    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the weights; auto is float32 for trainable roles and the compute type for frozen ones"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")

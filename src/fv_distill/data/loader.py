@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -212,19 +213,26 @@ def collate(rows: Sequence[Row], *, text_length: int) -> dict[str, Any]:
 
 
 def _stack(values: Sequence[Tensor]) -> Tensor:
-    stacked = torch.empty((len(values), *values[0].shape), dtype=batch_dtype(values[0].dtype))
+    stacked = _empty((len(values), *values[0].shape), batch_dtype(values[0].dtype))
     for target, value in zip(stacked, values, strict=True):
         target.copy_(value)
     return stacked
 
 
 def _pad(texts: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    padded = torch.empty((len(texts), length, texts[0].shape[1]), dtype=torch.float32)
+    padded = _empty((len(texts), length, texts[0].shape[1]), torch.float32)
     for target, text in zip(padded, texts, strict=True):
         target[: len(text)].copy_(text)
         target[len(text) :].zero_()
     mask = torch.arange(length) < torch.tensor([[len(text)] for text in texts])
     return padded, mask
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if dtype != torch.float32:
+        return torch.empty(tuple(shape), dtype=dtype)
+    # NumPy asks the kernel for huge pages, torch does not: filling a new clip is up to twice as fast.
+    return torch.from_numpy(np.empty(tuple(shape), dtype=np.float32))
 
 
 def _check_alike(name: str, first: Row, row: Row) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -253,7 +254,7 @@ def _decode(table: pa.Table, name: str) -> Tensor | None:
     Raises:
         ValueError: saying what is wrong with it.
     """
-    buffer = table.column(f"{name}_bytes")[0].as_buffer()
+    buffer = _bytes_view(table.column(f"{name}_bytes"))
     shape = table.column(f"{name}_shape")[0].as_py() or []
     num_bytes = 0 if buffer is None else buffer.size
     if num_bytes == 0 and math.prod(shape or [0]) == 0:
@@ -274,6 +275,16 @@ def _decode(table: pa.Table, name: str) -> Tensor | None:
     if dtype.is_floating_point and not _is_finite(value):
         raise ValueError("it has values that are not finite")
     return value
+
+
+def _bytes_view(column: pa.ChunkedArray) -> pa.Buffer | None:
+    """The only value of a large_binary column, in place: `column[0].as_buffer()` would copy it."""
+    (array,) = column.chunks
+    if array.null_count:
+        return None
+    _, offsets, values = array.buffers()
+    start, end = np.frombuffer(offsets, dtype=np.int64, count=2, offset=8 * array.offset).tolist()
+    return values.slice(start, end - start)
 
 
 def _is_finite(value: Tensor) -> bool:

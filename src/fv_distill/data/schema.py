@@ -205,8 +205,8 @@ def check_schema(files: Sequence[Path], tensors: Sequence[str] | None = None) ->
             tensors = [name for name in TENSORS if name in REQUIRED_TENSORS or _has_any_column(schema, name)]
         for column, kind in column_types(tensors, REQUIRED_SCALARS).items():
             _check_column(file, schema, column, kind, required=True)
-        for name in SCALARS:
-            _check_column(file, schema, name, SCALARS[name], required=False)
+        for column, kind in SCALARS.items():
+            _check_column(file, schema, column, kind, required=False)
         scalars &= set(schema.names)
         num_rows.append(metadata.num_rows)
     return list(tensors or ()), [name for name in SCALARS if name in scalars], num_rows

@@ -41,7 +41,7 @@ class DMD2Method(TrainingMethod):
         )
         self.sample_type = self.options.student_sample_type
         cfg = self.options.cfg_uncond
-        self._policy = UncondPolicy(text=cfg.text, image=cfg.image, action=cfg.action)
+        self._policy = UncondPolicy(text=cfg.text, image=cfg.image or "keep", action=cfg.action or "keep")
         if self._uses_guidance and cfg.text == "drop" and "text" in self.teacher.required_channels:
             raise ValueError(
                 f"method.cfg_uncond.text: drop, but {type(self.teacher).__name__} can't run without text; "
@@ -156,7 +156,8 @@ class DMD2Method(TrainingMethod):
         cfg = self.options.cfg_uncond
         if cfg.on_missing == "error":
             for channel, columns in CHANNEL_COLUMNS.items():
-                if channel in cfg.model_fields_set and not any(column in prepared.conditioning.extras for column in columns):
+                extras = prepared.conditioning.extras
+                if getattr(cfg, channel) is not None and not any(column in extras for column in columns):
                     raise ValueError(
                         f"method.cfg_uncond.{channel} is set but the data has none of {', '.join(columns)}; "
                         "remove the key or set method.cfg_uncond.on_missing: ignore"

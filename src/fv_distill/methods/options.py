@@ -13,7 +13,6 @@ def _falls_from_1000(steps: tuple[float, ...]) -> tuple[float, ...]:
 
 
 DenoisingSteps = Annotated[tuple[float, ...], AfterValidator(_falls_from_1000)]
-Channel = Literal["text", "image", "action"]
 UncondPolicy = Literal["negative_prompt", "keep", "zero", "drop"]
 
 
@@ -41,10 +40,14 @@ class CfgUncondOptions(MethodOptions):
     text: UncondPolicy = Field(
         "negative_prompt", description="the negative prompt's embedding, the sample's own, zeros, or no text at all"
     )
-    image: Literal["keep", "zero", "drop"] = Field("keep", description="image conditioning in the unconditional pass")
-    action: Literal["keep", "zero", "drop"] = Field("keep", description="mouse and keyboard in the unconditional pass")
+    image: Literal["keep", "zero", "drop"] | None = Field(
+        None, description="image conditioning there; null keeps it and does not ask the data for it"
+    )
+    action: Literal["keep", "zero", "drop"] | None = Field(
+        None, description="mouse and keyboard there; null keeps them and does not ask the data for them"
+    )
     on_missing: Literal["error", "ignore"] = Field(
-        "error", description="what to do when image or action has a policy in the config but the batch no such channel"
+        "error", description="what to do when image or action has a policy but the data no such channel"
     )
 
 

@@ -20,7 +20,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     if isinstance(name, torch.dtype):
         return name
     if name not in DTYPES:
-        raise ValueError(f"torch_dtype={name!r} is not one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype={name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

@@ -40,7 +40,7 @@ class WanModel(ModelBase):
         *,
         trainable: bool = False,
         flow_shift: float | None = None,
-        torch_dtype: str | torch.dtype = "float32",
+        dtype: str | torch.dtype = "float32",
         weights: str | None = None,
         gradient_checkpointing: bool = False,
         attention_backend: str | None = None,
@@ -53,7 +53,7 @@ class WanModel(ModelBase):
             init_from: a local diffusers directory or a Hub id `owner/name`.
             trainable: whether this role is trained.
             flow_shift: the noise schedule's shift; None reads it from the directory's scheduler.
-            torch_dtype: of the weights; trainable roles want float32.
+            dtype: of the weights; trainable roles want float32.
             weights: a safetensors file in diffusers' key names that replaces the transformer's weights.
             gradient_checkpointing: recompute activations in the backward pass.
             attention_backend: a diffusers attention backend, for instance "flash" or "native".
@@ -66,7 +66,7 @@ class WanModel(ModelBase):
         """
         directory = resolve_directory(init_from)
         transformer = WanTransformer3DModel.from_pretrained(
-            directory, subfolder="transformer", torch_dtype=parse_dtype(torch_dtype)
+            directory, subfolder="transformer", dtype=parse_dtype(dtype)
         )
         if transformer.config.image_dim is not None or transformer.config.in_channels != transformer.config.out_channels:
             raise ValueError(f"{init_from} is an image-to-video Wan; WanModel handles Wan 2.1 text-to-video")
@@ -104,7 +104,7 @@ class WanModel(ModelBase):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See `ModelBase.encode_prompts`; cleaning, tokenising and padding are `WanPipeline`'s own."""
-        pipeline = WanPipeline.from_pretrained(self.directory, transformer=None, vae=None, torch_dtype=self.dtype)
+        pipeline = WanPipeline.from_pretrained(self.directory, transformer=None, vae=None, dtype=self.dtype)
         pipeline.text_encoder.to(self.device)
         text, _ = pipeline.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.device
@@ -119,7 +119,7 @@ class WanModel(ModelBase):
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """See `ModelBase.decode_latents`."""
-        vae = AutoencoderKLWan.from_pretrained(self.directory, subfolder="vae", torch_dtype=self.dtype)
+        vae = AutoencoderKLWan.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype)
         vae.to(latents.device)
         raw = latents.float() * self.latents_std.to(latents.device) + self.latents_mean.to(latents.device)
         video = vae.decode(raw.to(vae.dtype), return_dict=False)[0]

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+import diffusers
+import transformers
 from accelerate import Accelerator
 
 from fv_distill.callbacks.base import CallbackDict
@@ -69,6 +72,7 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
         FileExistsError: if the directory holds another run.
     """
     training = config.training
+    _quieten_libraries()
     accelerator = make_accelerator(
         output_dir=training.output_dir,
         mixed_precision=training.distributed.mixed_precision,
@@ -110,7 +114,7 @@ def build_model(config: RunConfig, role: str) -> ModelBase:
         "init_from": model.init_from,
         "trainable": model.trainable,
         "flow_shift": model.flow_shift,
-        "torch_dtype": _dtype_name(config, role),
+        "dtype": _dtype_name(config, role),
         "weights": model.weights,
         "gradient_checkpointing": model.trainable and (model.gradient_checkpointing or defaults.gradient_checkpointing),
         "attention_backend": model.attention_backend or defaults.attention_backend,
@@ -169,10 +173,17 @@ def print_dry_run(trainer: Trainer) -> None:
     )
 
 
+def _quieten_libraries() -> None:
+    """One progress bar is enough: ours."""
+    datasets.disable_progress_bars()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _dtype_name(config: RunConfig, role: str) -> str:
     model = config.models[role]
-    if model.torch_dtype != "auto":
-        return model.torch_dtype
+    if model.dtype != "auto":
+        return model.dtype
     if model.trainable:
         return "float32"
     return "bfloat16" if _mixed_precision(config) == "bf16" else "float32"
