@@ -5,6 +5,7 @@ uninterrupted one would have seen, and a global batch doesn't depend on how it i
 """
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,6 +168,27 @@ class _Sampler:
                 yield [(step, row, index) for row, index in pairs]
 
 
+class BatchMemory:
+    """fp32 tensors whose memory is used again once nobody holds them: fresh pages cost more than the copy into them.
+
+    A tensor from NumPy memory, and every view of it, holds a reference to the array; an array that only the pool
+    refers to is free. So a batch that is kept is never overwritten. At most as much is held as was in use at once.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[int, ...], list[np.ndarray[Any, Any]]] = {}
+
+    def empty(self, shape: Sequence[int]) -> Tensor:
+        """An uninitialised fp32 tensor."""
+        arrays = self._arrays.setdefault(tuple(shape), [])
+        for index in range(len(arrays)):
+            # The references of the list and of the call itself.
+            if sys.getrefcount(arrays[index]) == 2:
+                return torch.from_numpy(arrays[index])
+        arrays.append(np.empty(tuple(shape), dtype=np.float32))
+        return torch.from_numpy(arrays[-1])
+
+
 class _MicroBatches(Dataset[Any]):
     """Reads and collates a whole micro-batch at once, so that stored bytes are copied only once, into the batch."""
 
@@ -175,11 +197,14 @@ class _MicroBatches(Dataset[Any]):
         self.text_length = text_length
         self.caption_dropout = caption_dropout
         self.seed = seed
+        self.memory = BatchMemory()
 
     def __getitems__(self, keys: Sequence[tuple[int, int, int]]) -> dict[str, Any] | DataError:
         step, indices = keys[0][0], [index for _, _, index in keys]
         try:
-            batch = collate([self.dataset.read(row) for _, row, _ in keys], text_length=self.text_length)
+            batch = collate(
+                [self.dataset.read(row) for _, row, _ in keys], text_length=self.text_length, memory=self.memory
+            )
         except DataError as error:
             return error
         draws = SampleRng(self.seed, step + 1, indices).uniform("caption_dropout")
@@ -190,7 +215,7 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def collate(rows: Sequence[Row], *, text_length: int) -> dict[str, Any]:
+def collate(rows: Sequence[Row], *, text_length: int, memory: BatchMemory) -> dict[str, Any]:
     """Stack rows to a batch and pad their texts with zeros.
 
     Raises:
@@ -205,34 +230,28 @@ def collate(rows: Sequence[Row], *, text_length: int) -> dict[str, Any]:
         if name == TEXT:
             for row in rows:
                 _check_text_fits(row, text_length)
-            batch[TEXT], batch["text_mask"] = _pad(values, text_length)
+            batch[TEXT], batch["text_mask"] = _pad(values, text_length, memory)
         else:
-            batch[name] = _stack(values)
+            batch[name] = _stack(values, memory)
     captions = [row.scalars["caption"] for row in rows]
     return batch | {"caption": captions, "num_bad_rows": sum(row.replaced for row in rows)}
 
 
-def _stack(values: Sequence[Tensor]) -> Tensor:
-    stacked = _empty((len(values), *values[0].shape), batch_dtype(values[0].dtype))
+def _stack(values: Sequence[Tensor], memory: BatchMemory) -> Tensor:
+    shape, dtype = (len(values), *values[0].shape), batch_dtype(values[0].dtype)
+    stacked = memory.empty(shape) if dtype == torch.float32 else torch.empty(shape, dtype=dtype)
     for target, value in zip(stacked, values, strict=True):
         target.copy_(value)
     return stacked
 
 
-def _pad(texts: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    padded = _empty((len(texts), length, texts[0].shape[1]), torch.float32)
+def _pad(texts: Sequence[Tensor], length: int, memory: BatchMemory) -> tuple[Tensor, Tensor]:
+    padded = memory.empty((len(texts), length, texts[0].shape[1]))
     for target, text in zip(padded, texts, strict=True):
         target[: len(text)].copy_(text)
         target[len(text) :].zero_()
     mask = torch.arange(length) < torch.tensor([[len(text)] for text in texts])
     return padded, mask
-
-
-def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    if dtype != torch.float32:
-        return torch.empty(tuple(shape), dtype=dtype)
-    # NumPy asks the kernel for huge pages, torch does not: filling a new clip is up to twice as fast.
-    return torch.from_numpy(np.empty(tuple(shape), dtype=np.float32))
 
 
 def _check_alike(name: str, first: Row, row: Row) -> None:

@@ -271,7 +271,7 @@ def _decode(table: pa.Table, name: str) -> Tensor | None:
     with warnings.catch_warnings():
         # The memory-mapped file is read-only; nobody writes into the view.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        value = torch.frombuffer(buffer, dtype=dtype).view(shape)
+        value = torch.frombuffer(memoryview(buffer), dtype=dtype).view(shape)
     if dtype.is_floating_point and not _is_finite(value):
         raise ValueError("it has values that are not finite")
     return value

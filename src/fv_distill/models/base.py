@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,8 @@ class ModelBase(ABC):
         self.trainable = trainable
         self.negative_prompt = negative_prompt
         self.text_length = text_length
-        self.dtype: torch.dtype = next(transformer.parameters()).dtype
+        # diffusers' property, not the first parameter: some of a bf16 network's modules stay in fp32.
+        self.dtype: torch.dtype = cast(Any, transformer).dtype
         self._prompts: dict[str, Conditioning] = {}
         transformer.requires_grad_(trainable).train(trainable)
 

@@ -1,0 +1,171 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import TEXT_DIM, TEXT_LENGTH, make_tiny_transformer
+
+from fv_distill.models import Conditioning, UncondPolicy, WanModel, unconditional
+
+
+@pytest.fixture
+def model(tiny_wan):
+    return WanModel.from_pretrained(str(tiny_wan), text_length=TEXT_LENGTH)
+
+
+def test_prepare_batch_normalises_with_the_vaes_statistics(model, batch):
+    latents = model.prepare_batch(batch).latents
+    mean, std = torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([1.5, 0.5, 2.0, 1.0])
+    expected = (batch["vae_latent"] - mean.view(1, 4, 1, 1, 1)) / std.view(1, 4, 1, 1, 1)
+    torch.testing.assert_close(latents, expected)
+
+
+def test_normalise_and_decode_are_inverse_up_to_the_vae(model, batch):
+    """Decoding must undo exactly what normalising did: compare with the VAE on the raw latents."""
+    from diffusers import AutoencoderKLWan
+
+    vae = AutoencoderKLWan.from_pretrained(model.directory, subfolder="vae")
+    with torch.no_grad():
+        expected = (vae.decode(batch["vae_latent"]).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(model.decode_latents(model.prepare_batch(batch).latents), expected, atol=1e-5, rtol=0)
+
+
+def test_dropped_captions_become_the_empty_prompt(model, batch):
+    batch["caption_dropped"] = torch.tensor([True, False])
+    text = model.prepare_batch(batch).conditioning.text
+    assert torch.equal(text[0], model.encode_prompts([""]).text[0])
+    assert torch.equal(text[1], batch["text_embedding"][1])
+
+
+def test_prompts_are_padded_with_zeros_and_masked(model):
+    conditioning = model.encode_prompts(["a digit", "a handwritten digit moving left"])
+    assert conditioning.text.shape == (2, TEXT_LENGTH, TEXT_DIM)
+    assert conditioning.text_mask.sum(1).tolist() == [3, 6]
+    assert conditioning.text[0, 3:].abs().max() == 0
+
+
+def test_zeros_need_only_a_shape(model, batch):
+    assert model.prepare_batch(batch, latents_source="zeros").latents.abs().max() == 0
+    del batch["vae_latent"]
+    batch["latent_shape"] = (4, 5, 2, 2)
+    assert model.prepare_batch(batch, latents_source="zeros").latents.shape == (2, 4, 5, 2, 2)
+
+
+def test_missing_latents_name_the_key(model, batch):
+    del batch["vae_latent"]
+    with pytest.raises(ValueError, match="training.data.latent_shape"):
+        model.prepare_batch(batch, latents_source="zeros")
+    with pytest.raises(ValueError, match="vae_latent"):
+        model.prepare_batch(batch)
+
+
+def test_sigma_per_frame_equals_sigma_per_sample_when_constant(model, batch):
+    prepared = model.prepare_batch(batch)
+    sigma = torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        per_sample = model.predict_velocity(prepared.latents, sigma, prepared.conditioning)
+        per_frame = model.predict_velocity(prepared.latents, sigma[:, None].expand(2, 3), prepared.conditioning)
+        other = model.predict_velocity(prepared.latents, torch.tensor([[0.3, 0.5, 0.9]] * 2), prepared.conditioning)
+    torch.testing.assert_close(per_frame, per_sample, atol=1e-5, rtol=0)
+    assert (other - per_sample).abs().max() > 1e-4
+
+
+def test_guidance_scale_one_runs_one_pass(model, batch):
+    calls = []
+    model.transformer.register_forward_hook(lambda *_: calls.append(1))
+    prepared = model.prepare_batch(batch)
+    with torch.no_grad():
+        model.predict_x0_guided(prepared.latents, torch.ones(2), prepared.conditioning, None, 1.0)
+        assert len(calls) == 1
+        model.predict_x0_guided(prepared.latents, torch.ones(2), prepared.conditioning, prepared.conditioning, 2.0)
+        assert len(calls) == 3
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_wan, batch):
+    gradients = []
+    for checkpointing in (False, True):
+        model = WanModel.from_pretrained(
+            str(tiny_wan), trainable=True, gradient_checkpointing=checkpointing, text_length=TEXT_LENGTH
+        )
+        assert model.transformer.is_gradient_checkpointing is checkpointing
+        prepared = model.prepare_batch(batch)
+        model.predict_velocity(prepared.latents, torch.tensor([0.3, 0.8]), prepared.conditioning).square().mean().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.transformer.parameters()]))
+    torch.testing.assert_close(*gradients, atol=1e-7, rtol=0)
+
+
+def test_attention_backend_is_set_and_a_wrong_one_refused(tiny_wan, batch):
+    native = WanModel.from_pretrained(str(tiny_wan), attention_backend="_native_math", text_length=TEXT_LENGTH)
+    plain = WanModel.from_pretrained(str(tiny_wan), text_length=TEXT_LENGTH)
+    prepared = plain.prepare_batch(batch)
+    outputs = [m.predict_velocity(prepared.latents, torch.ones(2), prepared.conditioning) for m in (native, plain)]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError):
+        WanModel.from_pretrained(str(tiny_wan), attention_backend="warp_drive")
+
+
+def test_half_precision_networks_return_fp32(tiny_wan, batch):
+    model = WanModel.from_pretrained(str(tiny_wan), dtype="bfloat16", text_length=TEXT_LENGTH)
+    prepared = model.prepare_batch(batch)
+    with torch.no_grad():
+        assert model.predict_velocity(prepared.latents, torch.ones(2), prepared.conditioning).dtype == torch.float32
+    assert {parameter.dtype for parameter in model.transformer.parameters()} >= {torch.bfloat16}
+
+
+def test_weights_override_and_its_errors(tiny_wan, tmp_path):
+    other = make_tiny_transformer(seed=7)
+    path = tmp_path / "weights.safetensors"
+    save_file(other.state_dict(), path)
+    model = WanModel.from_pretrained(str(tiny_wan), weights=str(path))
+    assert all(torch.equal(a, b) for a, b in zip(model.transformer.parameters(), other.parameters(), strict=True))
+    broken = dict(other.state_dict())
+    broken["surplus"] = broken.pop("proj_out.bias")
+    broken["proj_out.weight"] = broken["proj_out.weight"][:1].clone()
+    save_file(broken, path)
+    with pytest.raises(ValueError, match=r"missing proj_out.bias.*unexpected surplus.*proj_out.weight has shape \(1, 24\)"):
+        WanModel.from_pretrained(str(tiny_wan), weights=str(path))
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_frames", "message"),
+    [
+        ((5, 3, 4, 4), None, "5 channels"),
+        ((4, 3, 5, 4), None, "H=5 does not divide by the patch size 2"),
+        ((4, 3, 4, 4), 10, "3 latent frames are 9 frames"),
+        ((3, 4, 4), None, r"expected \[C, T, H, W\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_explained(model, shape, num_frames, message):
+    with pytest.raises(ValueError, match=message):
+        model.check_latent_shape(shape, num_frames=num_frames)
+
+
+def test_missing_models_are_explained(tmp_path, tiny_wan):
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        WanModel.from_pretrained(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
+        WanModel.from_pretrained(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="could not be had from the Hub"):
+        WanModel.from_pretrained("nobody/nothing")
+    with pytest.raises(ValueError, match="float32, bfloat16, float16"):
+        WanModel.from_pretrained(str(tiny_wan), dtype="int4")
+
+
+@pytest.mark.parametrize("policy", ["keep", "zero", "drop", "negative_prompt"])
+def test_unconditional_text(policy):
+    own = Conditioning(torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool), {"clip_feature": torch.ones(2, 5)})
+    negative = Conditioning(torch.full((1, 3, 4), 7.0), torch.zeros(1, 3, dtype=torch.bool))
+    result = unconditional(own, UncondPolicy(text=policy), negative)
+    expected = {"keep": 1.0, "zero": 0.0, "negative_prompt": 7.0}
+    if policy == "drop":
+        assert result.text is None and result.text_mask is None
+    else:
+        assert torch.equal(result.text, torch.full((2, 3, 4), expected[policy]))
+    assert torch.equal(result.extras["clip_feature"], own.extras["clip_feature"])
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("keep", 1.0), ("zero", 0.0), ("drop", None)])
+def test_unconditional_image_and_action(policy, expected):
+    extras = {"clip_feature": torch.ones(2, 5), "mouse_cond": torch.ones(2, 3)}
+    own = Conditioning(torch.ones(2, 3, 4), None, extras)
+    result = unconditional(own, UncondPolicy(text="keep", image=policy), None).extras
+    assert torch.equal(result["mouse_cond"], extras["mouse_cond"])
+    assert ("clip_feature" not in result) if expected is None else bool((result["clip_feature"] == expected).all())
