@@ -1,5 +1,6 @@
 """The keys of a config as text, for `--help`, and as names, for suggestions."""
 
+import json
 import textwrap
 import types
 import typing
@@ -8,7 +9,6 @@ from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from fv_distill.methods.options import OPTIONS_BY_TARGET
 
@@ -28,7 +28,17 @@ def describe_keys(method_target: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def fields_at(kind: type[BaseModel], location: Sequence[str]) -> list[str]:
+def all_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """The dotted keys of a model and of those inside it; `<name>` stands for the keys of a mapping."""
+    keys = []
+    for name, field in kind.model_fields.items():
+        key = f"{prefix}.{field.alias or name}" if prefix else field.alias or name
+        nested = _nested_model(field.annotation)
+        keys += [key] if nested is None else all_keys(nested, f"{key}.<name>" if _is_mapping(field) else key)
+    return keys
+
+
+def fields_at(kind: type[BaseModel], location: Sequence[Any]) -> list[str]:
     """The keys that are known at a dotted place below a model."""
     inner: Any = kind
     for part in location:
@@ -48,14 +58,20 @@ def _describe_model(kind: type[BaseModel], prefix: str) -> Iterator[str]:
         if nested is None:
             yield from _describe_field(key, field)
         else:
-            is_mapping = typing.get_origin(field.annotation) is dict
-            yield from _describe_model(nested, f"{key}.<name>." if is_mapping else f"{key}.")
+            yield from _describe_model(nested, f"{key}.<name>." if _is_mapping(field) else f"{key}.")
+    if kind.model_config.get("extra") == "allow":
+        yield f"  {prefix}*  (any, optional)"
+        yield "      handed to the class that _target_ names, and checked against its signature"
 
 
 def _describe_field(key: str, field: FieldInfo) -> Iterator[str]:
-    default = "required" if field.default is PydanticUndefined else f"default {_show(field.default)}"
+    default = "required" if field.is_required() else f"default {_show(field.default)}"
     yield f"  {key}  ({_type_name(field.annotation)}, {default})"
     yield from textwrap.wrap(field.description or "", _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _is_mapping(field: FieldInfo) -> bool:
+    return typing.get_origin(field.annotation) is dict
 
 
 def _nested_model(annotation: Any) -> type[BaseModel] | None:
@@ -85,4 +101,4 @@ def _type_name(annotation: Any) -> str:
 def _show(value: Any) -> str:
     if value is None:
         return "null"
-    return list(value).__repr__() if isinstance(value, tuple) else repr(value)
+    return json.dumps(value) if isinstance(value, bool | str | list | tuple) else repr(value)

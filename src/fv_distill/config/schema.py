@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 Scheduler = Literal["constant", "linear", "cosine", "polynomial"]
 
@@ -14,17 +14,14 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A section with fixed keys."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    # Numbers become strings where a string is due: `--training.tracker.run_name 7` is YAML and arrives as a number.
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, coerce_numbers_to_str=True)
 
 
 class OpenSection(BaseModel):
-    """A section that hands its other keys to the class its `_target_` names, whose signature decides what is allowed."""
+    """A section that hands its other keys to the class that `_target_` names; its signature decides what is allowed."""
 
-    model_config = ConfigDict(extra="allow", populate_by_name=True)
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    model_config = ConfigDict(extra="allow", populate_by_name=True, coerce_numbers_to_str=True)
 
 
 class ModelConfig(OpenSection):
@@ -73,7 +70,7 @@ class DataOptions(Section):
     train_batch_size: int = Field(1, ge=1, description="rows per process and micro-batch")
     text_length: int = Field(512, ge=1, description="tokens that text embeddings are padded to")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of samples trained on the empty prompt")
-    latent_shape: Annotated[tuple[int, int, int, int], BeforeValidator(_as_tuple)] | None = Field(
+    latent_shape: tuple[int, int, int, int] | None = Field(
         None, description="[C, T, H, W] that a student generates where the rows hold text only"
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a corrupt row, or replace and count it")
@@ -86,9 +83,7 @@ class OptimizerConfig(OpenSection):
 
     target: str = Field("torch.optim.AdamW", alias="_target_", description="the optimizer class")
     learning_rate: float = Field(1e-5, gt=0, description="after warm-up")
-    betas: Annotated[tuple[float, float], BeforeValidator(_as_tuple)] | None = Field(
-        (0.9, 0.999), description="Adam betas; null for optimizers without"
-    )
+    betas: tuple[float, float] | None = Field((0.9, 0.999), description="Adam betas; null for optimizers without")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
     eps: float | None = Field(1e-8, gt=0, description="Adam epsilon; null for optimizers without")
     lr_scheduler: Scheduler = Field("constant", description="constant, linear, cosine or polynomial")
@@ -106,7 +101,9 @@ class LoopConfig(Section):
 
     max_train_steps: int = Field(ge=1, description="optimisation steps of the run")
     gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches per step")
-    max_nonfinite_steps: int = Field(3, ge=1, description="stop after so many steps in a row with a loss that isn't finite")
+    max_nonfinite_steps: int = Field(
+        3, ge=1, description="stop after so many steps in a row with a loss that isn't finite"
+    )
 
 
 class CheckpointConfig(Section):
@@ -178,3 +175,20 @@ class RunConfig(Section):
     callbacks: dict[str, CallbackConfig] = Field(default_factory=dict, description="hooks, by name, in order")
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
     allow_unknown_keys: bool = Field(False, description="warn of unknown keys instead of stopping")
+
+    _source_text: str = PrivateAttr("")
+
+    @property
+    def source_text(self) -> str:
+        """The YAML as it was written, before overrides; empty if the config was made in Python."""
+        return self._source_text
+
+    def keep_source(self, text: str) -> None:
+        """Remember the YAML that this config was read from."""
+        self._source_text = text
+
+    def __eq__(self, other: object) -> bool:
+        # pydantic would compare the source too, and then no config equals its resolved copy.
+        return isinstance(other, RunConfig) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]

@@ -1,0 +1,119 @@
+"""`fv-distill`: train, export and the demo from the command line. What a command needs is imported when it runs."""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import fv_distill
+
+from .console import console, exit_on_user_error
+
+_DEMO_SCRIPT = Path("examples/digits/demo.py")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The `fv-distill` command; ends with status 2 and one message for what a user can mend."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in COMMANDS:
+        command, _ = COMMANDS[words[0]]
+        command(words[1:])
+        return
+    parser = argparse.ArgumentParser(
+        prog="fv-distill",
+        description=fv_distill.__doc__,
+        epilog="fv-distill COMMAND --help lists the options of a command",
+    )
+    parser.add_argument("--version", action="version", version=f"fv_distill {fv_distill.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (_, summary) in COMMANDS.items():
+        commands.add_parser(name, help=summary)
+    parser.parse_args(words)
+
+
+def train(words: Sequence[str]) -> None:
+    """Train what a YAML file describes, for any method; also `accelerate launch -m fv_distill train ...`."""
+    from .config.command_line import parse_run_config
+
+    config, command_line = parse_run_config(train.__doc__, argv=words, prog="fv-distill train")
+    with exit_on_user_error(debug=command_line.debug):
+        from .training.run import run_training
+
+        run_training(config, dry_run=command_line.dry_run)
+
+
+def export(words: Sequence[str]) -> None:
+    """Make a diffusers directory of a training checkpoint, on one process, whatever the run's world size was."""
+    parser = argparse.ArgumentParser(prog="fv-distill export", description=export.__doc__, allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", type=Path, help="a checkpoint directory of a run")
+    parser.add_argument("--output-dir", required=True, metavar="DIR", type=Path, help="the directory to write")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="the run's YAML, instead of the checkpoint's own")
+    parser.add_argument("--role", default="student", help="the role to export (default: student)")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="averaged weights, where there are any (default)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output directory")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    args = parser.parse_args(words)
+    with exit_on_user_error(debug=args.debug):
+        from .export.convert import convert
+
+        convert(
+            args.checkpoint,
+            args.output_dir,
+            config=args.config,
+            role=args.role,
+            ema=args.ema,
+            overwrite=args.overwrite,
+        )
+    console.print(f"exported {args.role} to {args.output_dir}", highlight=False, markup=False)
+
+
+def demo(words: Sequence[str]) -> None:
+    """Distil a tiny Wan teacher of handwritten digits into a few-step student, and measure both; minutes on a CPU."""
+    parser = argparse.ArgumentParser(prog="fv-distill demo", description=demo.__doc__, allow_abbrev=False)
+    parser.add_argument("--seed", type=int, default=0, help="of the training run (default: 0)")
+    parser.add_argument(
+        "--fast", action="store_true", help="a few seconds, to see that everything runs; the student is bad"
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("outputs/demo"), metavar="DIR", help="default: outputs/demo"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    args = parser.parse_args(words)
+    with exit_on_user_error(debug=args.debug):
+        script = demo_script()
+    flags = [name for name, on in (("--fast", args.fast), ("--debug", args.debug)) if on]
+    # A process of its own: the demo launches training runs, and its seeds and threads are nobody else's.
+    command = [sys.executable, str(script), "--seed", str(args.seed), "--output-dir", str(args.output_dir), *flags]
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        # Negative: ended by a signal, which a shell reports as 128 + its number.
+        raise SystemExit(status if status > 0 else 128 - status)
+
+
+def demo_script() -> Path:
+    """The demo of the checkout that this package runs from.
+
+    Raises:
+        FileNotFoundError: if the package was installed without its checkout.
+    """
+    checkout = Path(fv_distill.__file__).resolve().parents[2]
+    script = checkout / _DEMO_SCRIPT
+    if not script.is_file():
+        raise FileNotFoundError(
+            f"the demo's teacher and data are not part of the installed package ({script} does not exist); clone the "
+            "repository and run `make demo` in it"
+        )
+    return script
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (train, "train what a YAML file describes"),
+    "export": (export, "make a diffusers directory of a checkpoint"),
+    "demo": (demo, "distil and measure a student of handwritten digits"),
+}
