@@ -1,0 +1,37 @@
+# make demo   set up, distil the digits teacher, show what came out
+# make test   set up, run the tests
+# make style  format and mend what can be mended;  make quality  check only
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test style quality clean
+
+demo: $(STAMP)
+	$(BIN)/fv-distill demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu"
+
+style: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+quality: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+# Written last, so that an interrupted set-up starts over.
+$(STAMP): setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
