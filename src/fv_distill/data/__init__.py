@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "digits": ["CAPTIONS", "DigitClips", "digit_images", "sample_clips"],
         "loader": ["BatchPlan", "build_loader"],
-        "parquet": ["DataError", "ParquetDataset"],
-        "schema": ["ParquetSchemaError", "check_schema", "write_rows"],
+        "parquet": ["ParquetDataset"],
+        "schema": ["DataError", "ParquetSchemaError", "check_schema", "write_rows"],
     },
 )

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fv_distill.data.parquet import DataError, ParquetDataset, Row, batch_dtype
+from fv_distill.data.parquet import ParquetDataset, Row, batch_dtype
+from fv_distill.data.schema import DataError
 from fv_distill.rng import SampleRng, derive_seed, generator_for
 
 TEXT = "text_embedding"
@@ -25,9 +26,9 @@ TEXT = "text_embedding"
 class BatchPlan:
     """The rows of every step.
 
-    Each epoch is a permutation of the rows by (seed, epoch). Step k (from 0) takes the k-th slice of G rows of their endless
-    concatenation, G = micro_batch_size * accumulation_steps * world_size. A rank owns a contiguous part of the slice,
-    and a micro-batch a contiguous part of that. G may be larger than the data set.
+    Each epoch is a permutation of the rows by (seed, epoch). Step k (from 0) takes the k-th slice of G rows of their
+    endless concatenation, G = micro_batch_size * accumulation_steps * world_size. A rank owns a contiguous part of the
+    slice, and a micro-batch a contiguous part of that. G may be larger than the data set.
     """
 
     seed: int
@@ -124,13 +125,13 @@ def build_loader(
         num_workers: processes that read ahead; 0 reads in this one.
 
     Returns:
-        Per step a list of micro-batches: dicts with "text_embedding" `[B, text_length, D]` and the other tensors `[B, ...]`
-        (floating ones fp32), "text_mask" bool `[B, text_length]`, "caption", "caption_dropped" bool `[B]`, "sample_index" and
-        "num_bad_rows" (rows of the micro-batch that stand in for bad ones).
+        Per step a list of micro-batches: dicts with "text_embedding" `[B, text_length, D]` and the other tensors
+        `[B, ...]` (floating ones fp32), "text_mask" bool `[B, text_length]`, "caption" and "sample_index" (lists of B),
+        "caption_dropped" bool `[B]`, and "num_bad_rows" (how many of the rows stand in for bad ones).
 
     Raises:
         ValueError: for a probability outside [0, 1] or a size that is not positive.
-        DataError: while iterating, for a bad row, a text longer than `text_length`, or rows of unlike shapes in a batch.
+        DataError: while iterating, for a bad row, a text longer than `text_length`, or unlike shapes in a batch.
     """
     if not 0.0 <= caption_dropout <= 1.0:
         raise ValueError(f"training.data.caption_dropout: {caption_dropout} is not in [0, 1]")
@@ -142,7 +143,7 @@ def build_loader(
     steps = range(start_step, start_step + max(0, num_steps))
     loader = DataLoader(
         _MicroBatches(dataset, text_length=text_length, caption_dropout=caption_dropout, seed=seed),
-        batch_sampler=_Sampler(plan, steps),  # type: ignore[arg-type]  # any iterable of batches will do
+        batch_sampler=_Sampler(plan, steps),
         collate_fn=_identity,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
@@ -260,7 +261,7 @@ def _check_alike(name: str, first: Row, row: Row) -> None:
     if ours[skip:] != theirs[skip:]:
         raise DataError(
             f"{first.place} and {row.place} are in one batch, but their {name} have the shapes {list(ours)} and "
-            f"{list(theirs)}; set training.data.train_batch_size: 1 or give training.data.data_path data sets of one shape"
+            f"{list(theirs)}; set training.data.train_batch_size: 1, or training.data.data_path to data of one shape"
         )
 
 
@@ -268,6 +269,6 @@ def _check_text_fits(row: Row, text_length: int) -> None:
     num_tokens = row.tensors[TEXT].shape[0]
     if num_tokens > text_length:
         raise DataError(
-            f"{row.place}, column {TEXT}: it has {num_tokens} tokens, more than training.data.text_length={text_length}; "
-            f"set text_length to at least {num_tokens} or preprocess with shorter captions"
+            f"{row.place}, column {TEXT}: {num_tokens} tokens are more than training.data.text_length={text_length}; "
+            f"set text_length to at least {num_tokens}, or preprocess with shorter captions"
         )

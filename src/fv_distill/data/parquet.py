@@ -1,8 +1,4 @@
-"""Preprocessed rows, read through HF `datasets` from memory-mapped Arrow and checked one by one.
-
-`datasets` converts the parquet files to Arrow once, in its cache, behind a lock: several ranks may start together. The
-bytes columns stay bytes and are viewed in place; lists of floats or `with_format("torch")` are 10 to 1000 times slower.
-"""
+"""Preprocessed rows of one or several data sets, checked one by one."""
 
 import bisect
 import itertools
@@ -16,31 +12,23 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fv_distill.data.arrow_cache import memory_mapped
 from fv_distill.data.schema import (
+    DATA_PATH_KEY,
     REQUIRED_TENSORS,
     TENSOR_NDIM,
     TENSORS,
-    ParquetSchemaError,
+    DataError,
     check_schema,
     column_types,
     parse_dtype,
-    read_metadata,
 )
 
-KEY = "training.data.data_path"
-# One Arrow batch while converting: bounds the memory that a large row group takes.
-CONVERSION_BATCH_BYTES = 64 * 2**20
-
 DataPath = str | os.PathLike[str] | Mapping[str, int]
-
-
-class DataError(ValueError):
-    """Data that can't be trained on: an empty data set, a bad row, rows that don't fit together."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +109,7 @@ class ParquetDataset(Dataset[dict[str, Any]]):
             except DataError:
                 if self.on_bad_row == "error":
                     raise
-        raise DataError(f"{KEY}: every row of {source.path} is bad")
+        raise DataError(f"{DATA_PATH_KEY}: every row of {source.path} is bad")
 
     def describe(self, index: int) -> str:
         """The file of a row, and the row's number in it."""
@@ -151,10 +139,12 @@ class _SourceFiles:
     def find(cls, path: str, wanted: Sequence[str] | None) -> "_SourceFiles":
         files = list(_parquet_files(path))
         if not files:
-            raise DataError(f"{KEY}: {path} is an empty data set: it holds no *.parquet file")
+            raise DataError(f"{DATA_PATH_KEY}: {path} is an empty data set: it holds no *.parquet file")
         tensors, scalars, num_rows = check_schema(files, wanted)
         if not sum(num_rows):
-            raise DataError(f"{KEY}: {path} is an empty data set: its {len(files)} parquet files have no rows")
+            raise DataError(
+                f"{DATA_PATH_KEY}: {path} is an empty data set: its {len(files)} parquet files have no rows"
+            )
         kept = [(file, count) for file, count in zip(files, num_rows, strict=True) if count]
         return cls(path, [file for file, _ in kept], [count for _, count in kept], tensors, scalars)
 
@@ -169,7 +159,7 @@ class _Source:
         self._files = plan.files
         self._ends = list(itertools.accumulate(plan.num_rows))
         self._scalars = plan.scalars
-        self._rows = _memory_mapped(plan, cache_dir)
+        self._rows = memory_mapped(plan.files, column_types(plan.tensors, plan.scalars), cache_dir=cache_dir)
         assert len(self._rows) == self._ends[-1], "datasets returned other rows than the files' metadata promise"
         self._reference_place = ""
         self._reference: dict[str, torch.Size] = {}
@@ -217,7 +207,9 @@ class _Source:
             self._reference = {name: value.shape for name, value in first.tensors.items()}
             self._reference_place = first.place
             return
-        raise DataError(f"{KEY}: every row of {self.path} is bad; set training.data.on_bad_row: error to see the first")
+        raise DataError(
+            f"{DATA_PATH_KEY}: every row of {self.path} is bad; set training.data.on_bad_row: error to see the first"
+        )
 
     def _check_against_reference(self, row: int, name: str, value: Tensor | None) -> None:
         if not self._reference_place:  # this row is to become the reference
@@ -244,7 +236,7 @@ class _Source:
 
 
 def batch_dtype(stored: torch.dtype) -> torch.dtype:
-    """The dtype that a stored one has in a batch: fp32 for every floating one, so that what is stored is not rounded."""
+    """The dtype that a stored one has in a batch: fp32 for every floating one."""
     return torch.float32 if stored.is_floating_point else stored
 
 
@@ -268,6 +260,7 @@ def _decode(table: pa.Table, name: str) -> Tensor | None:
     ndim = TENSOR_NDIM.get(name)
     if ndim is not None and len(shape) != ndim:
         raise ValueError(f"shape {shape} has {len(shape)} dimensions instead of {ndim}")
+    assert buffer is not None, "some bytes are stored"
     with warnings.catch_warnings():
         # The memory-mapped file is read-only; nobody writes into the view.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -280,9 +273,9 @@ def _decode(table: pa.Table, name: str) -> Tensor | None:
 def _bytes_view(column: pa.ChunkedArray) -> pa.Buffer | None:
     """The only value of a large_binary column, in place: `column[0].as_buffer()` would copy it."""
     (array,) = column.chunks
-    if array.null_count:
-        return None
     _, offsets, values = array.buffers()
+    if array.null_count or values is None:
+        return None
     start, end = np.frombuffer(offsets, dtype=np.int64, count=2, offset=8 * array.offset).tolist()
     return values.slice(start, end - start)
 
@@ -296,17 +289,21 @@ def _is_finite(value: Tensor) -> bool:
 def _parse_data_path(data_path: DataPath) -> dict[str, int]:
     repeats = dict(data_path) if isinstance(data_path, Mapping) else {os.fspath(data_path): 1}
     if not repeats:
-        raise DataError(f"{KEY}: it names no data set")
+        raise DataError(f"{DATA_PATH_KEY}: it names no data set")
     for path, repeat in repeats.items():
         if not isinstance(repeat, int) or isinstance(repeat, bool) or repeat < 1:
-            raise ValueError(f"{KEY}: {path}: the repeat count is {repeat!r}; it must be an integer of at least 1")
+            raise ValueError(
+                f"{DATA_PATH_KEY}: {path}: the repeat count is {repeat!r}; it must be an integer of at least 1"
+            )
     return {os.fspath(path): repeat for path, repeat in repeats.items()}
 
 
 def _parquet_files(path: str) -> Iterator[Path]:
     root = Path(path).expanduser().absolute()
     if not root.exists():
-        raise FileNotFoundError(f"{KEY}: {path} does not exist; give a parquet file or a directory of parquet files")
+        raise FileNotFoundError(
+            f"{DATA_PATH_KEY}: {path} does not exist; give a parquet file or a directory of parquet files"
+        )
     yield from [root] if root.is_file() else sorted(root.rglob("*.parquet"))
 
 
@@ -317,64 +314,7 @@ def _common_tensors(sources: Sequence[_Source], wanted: Sequence[str] | None) ->
         lacking = [source.path for source in sources if name not in source.tensors]
         if lacking and (wanted is not None or (name == "vae_latent" and having)):
             has = f"{', '.join(having)} has it; " if having else ""
-            raise DataError(f"{KEY}: {', '.join(lacking)} has no {name}, which is wanted here; {has}train on one kind")
+            raise DataError(
+                f"{DATA_PATH_KEY}: {', '.join(lacking)} has no {name}, which is wanted here; {has}train on one kind"
+            )
     return [name for name in TENSORS if all(name in source.tensors for source in sources)]
-
-
-def _memory_mapped(plan: _SourceFiles, cache_dir: str | os.PathLike[str] | None) -> Any:
-    """The data set as an HF `Dataset` whose rows are one-row Arrow tables.
-
-    Raises:
-        DataError: if a file's content is damaged, or the cache can't be written.
-    """
-    # Slow to import (a second), so not before data are read.
-    from datasets import Features, Split
-    from datasets.exceptions import DatasetGenerationError
-    from datasets.io.parquet import ParquetDatasetReader
-
-    types = column_types(plan.tensors, plan.scalars)
-    try:
-        reader = ParquetDatasetReader(
-            _data_files(plan.files),  # type: ignore[arg-type]
-            split=Split.TRAIN,
-            features=Features.from_arrow_schema(pa.schema(list(types.items()))),
-            cache_dir=None if cache_dir is None else os.fspath(Path(cache_dir).expanduser()),  # type: ignore[arg-type]
-            columns=list(types),
-            batch_size=_conversion_batch_size(plan),
-        )
-        return reader.read().with_format("arrow")
-    except (DatasetGenerationError, pa.ArrowException) as error:
-        damaged = [str(file) for file in plan.files if not _is_readable(file)]
-        if damaged:
-            raise ParquetSchemaError(f"{damaged[0]} is damaged ({error.__cause__}); write or copy it again") from error
-        raise DataError(f"{KEY}: {plan.path} could not be converted to Arrow ({error.__cause__ or error})") from error
-    except OSError as error:
-        raise DataError(
-            f"training.data.cache_dir: the Arrow copy of {plan.path} could not be written ({error}); it needs as much room "
-            "as the uncompressed data, set training.data.cache_dir to a directory that has it"
-        ) from error
-
-
-def _data_files(files: Sequence[Path]) -> Any:
-    """The files as `datasets` takes them, with what its cache is keyed by; given so, names are no glob patterns."""
-    from datasets.data_files import DataFilesDict, DataFilesList
-
-    versions = [(f"{status.st_mtime_ns}", f"{status.st_size}") for status in (file.stat() for file in files)]
-    return DataFilesDict({"train": DataFilesList([str(file) for file in files], versions)})  # type: ignore[arg-type]
-
-
-def _conversion_batch_size(plan: _SourceFiles) -> int:
-    metadata = read_metadata(plan.files[0])
-    groups = [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
-    row_bytes = max(1, sum(groups) // max(1, metadata.num_rows))
-    return max(1, min(1000, CONVERSION_BATCH_BYTES // row_bytes))
-
-
-def _is_readable(file: Path) -> bool:
-    try:
-        with pq.ParquetFile(file) as opened:
-            for _ in opened.iter_batches(batch_size=16):
-                pass
-    except (pa.ArrowException, OSError):
-        return False
-    return True

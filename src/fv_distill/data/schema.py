@@ -61,6 +61,13 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 ROW_GROUP_BYTES = 64 * 2**20
 
 
+DATA_PATH_KEY = "training.data.data_path"
+
+
+class DataError(ValueError):
+    """Data that can't be trained on: an empty data set, a bad row, rows that don't fit together."""
+
+
 class ParquetSchemaError(ValueError):
     """A data file whose columns are not those of the schema."""
 
@@ -96,8 +103,8 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) 
 
     Args:
         path: the file; its directory is made, a file of this name is replaced.
-        rows: per row, tensors (or arrays) under the names of `TENSORS` and values under those of `SCALARS`. All rows have
-            the first one's keys; a tensor may be None, which stores an empty one (a text-only row).
+        rows: per row, tensors (or arrays) under the names of `TENSORS` and values under those of `SCALARS`. All rows
+            have the first one's keys; a tensor may be None, which stores an empty one (a text-only row).
 
     Raises:
         ValueError: for no rows, an unknown or a missing key, or a dtype that the schema has no name for.
