@@ -14,6 +14,7 @@ USER_ERRORS = (
     FileNotFoundError,
     FileExistsError,
     NotADirectoryError,
+    IsADirectoryError,
     PermissionError,
     ImportError,
 )

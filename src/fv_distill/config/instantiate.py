@@ -55,7 +55,8 @@ def _import_longest(path: str, parts: list[str]) -> tuple[Any, int]:
         try:
             module, depth = importlib.import_module(name), end
         except ModuleNotFoundError as error:
-            if error.name is None or not name.startswith(error.name):
+            # Missing itself, or importable but missing something that it imports?
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise ImportError(f"_target_ {path!r}: importing {name} failed: {error}") from error
             break
     if module is None:
