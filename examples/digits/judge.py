@@ -1,4 +1,4 @@
-"""The judge: a small CNN that names the digit and the direction of a clip, and whose features feed a Frechet distance."""
+"""The judge: a small CNN that names a clip's digit and direction, and whose features feed a Frechet distance."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ JUDGE_FILE = Path(__file__).with_name("judge.safetensors")
 
 
 class Judge(nn.Module):
-    """Two small towers: one sees each frame alone and names the digit, one sees the frames as channels and names the direction."""
+    """Two small towers: one sees each frame alone and names the digit, one sees all frames and names the direction."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,11 @@ class Judge(nn.Module):
         self.direction_head = nn.Linear(24, len(DIRECTIONS))
 
     def forward(self, clips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features `[N, 72]`, digit log-probabilities `[N, 10]` and direction logits `[N, 4]` of clips `[N, 1, F, 16, 16]`."""
+        """What the judge makes of clips `[N, 1, F, 16, 16]`.
+
+        Returns:
+            Features `[N, 72]`, digit log-probabilities `[N, 10]` and direction logits `[N, 4]`.
+        """
         count, _, frames, height, width = clips.shape
         each = self.digit_tower(clips.reshape(count * frames, 1, height, width)).view(count, frames, -1)
         digit = self.digit_head(each).log_softmax(-1).mean(1)

@@ -1,15 +1,15 @@
 """Train the judge on real clips and save it. Takes less than a minute on two cores.
 
-    python examples/digits/train_judge.py --output examples/digits/judge.safetensors
+python examples/digits/train_judge.py --output examples/digits/judge.safetensors
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from judge import JUDGE_FILE, Judge
 from safetensors.torch import save_file
+from torch.nn import functional
 
 from fv_distill.data.digits import DIRECTIONS, sample_clips
 
@@ -33,8 +33,8 @@ def main() -> None:
         strength = 0.15 * torch.rand(args.batch_size, 1, 1, 1, 1, generator=generator)
         noisy = batch.clips + strength * torch.randn(batch.clips.shape, generator=generator)
         _, digit, direction = judge(noisy)
-        loss = F.nll_loss(digit, batch.captions // len(DIRECTIONS))
-        loss = loss + F.cross_entropy(direction, batch.captions % len(DIRECTIONS))
+        loss = functional.nll_loss(digit, batch.captions // len(DIRECTIONS))
+        loss = loss + functional.cross_entropy(direction, batch.captions % len(DIRECTIONS))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -47,7 +47,9 @@ def main() -> None:
     print(f"saved {args.output}")
 
 
-def train(transformer: nn.Module, latents: Tensor, captions: Tensor, text: Tensor, args: argparse.Namespace) -> nn.Module:
+def train(
+    transformer: nn.Module, latents: Tensor, captions: Tensor, text: Tensor, args: argparse.Namespace
+) -> nn.Module:
     """The loop; returns the averaged network. The last row of `text` is the empty prompt."""
     average = torch.optim.swa_utils.AveragedModel(
         transformer, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)

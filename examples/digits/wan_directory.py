@@ -49,9 +49,7 @@ def build_transformer(seed: int) -> WanTransformer3DModel:
     return transformer
 
 
-def build_pipeline(
-    transformer: WanTransformer3DModel, *, latents_mean: Tensor, latents_std: Tensor
-) -> WanPipeline:
+def build_pipeline(transformer: WanTransformer3DModel, *, latents_mean: Tensor, latents_std: Tensor) -> WanPipeline:
     """The whole pipeline around a transformer; the statistics are per channel, `[16]`."""
     return WanPipeline(
         tokenizer=build_tokenizer(),
