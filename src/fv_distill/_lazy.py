@@ -2,7 +2,8 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 
@@ -11,12 +12,17 @@ def attach(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """`__getattr__`, `__dir__` and `__all__` (PEP 562) of a package whose `names` live in its submodules.
 
+    A public name that is also its submodule's name always means the object, in whatever order things are imported.
+
     Args:
         package: the package's `__name__`.
         names: submodule -> the public names it defines; an empty list makes the submodule itself reachable.
     """
     home = {name: module for module, public in names.items() for name in public}
     public = [*home, *(module for module in names if module not in home)]
+    shared = {name for name, module in home.items() if name == module}
+    if shared:
+        sys.modules[package].__class__ = _package_class(shared)
 
     def __getattr__(name: str) -> Any:  # noqa: N807
         if name in home:
@@ -29,3 +35,14 @@ def attach(
         return value
 
     return __getattr__, lambda: sorted(public), public
+
+
+def _package_class(shared: Collection[str]) -> type[ModuleType]:
+    class Package(ModuleType):
+        def __setattr__(self, name: str, value: Any) -> None:
+            # The import system binds a loaded submodule to its name here and would hide the object of that name.
+            super().__setattr__(
+                name, getattr(value, name) if name in shared and isinstance(value, ModuleType) else value
+            )
+
+    return Package
