@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 Scheduler = Literal["constant", "linear", "cosine", "polynomial"]
 
@@ -164,6 +164,12 @@ class PipelineConfig(Section):
     push_to_hub: bool = Field(False, description="upload the export to the Hub")
     hub_model_id: str | None = Field(None, description="owner/name on the Hub")
     hub_private: bool = Field(False, description="make the Hub repository private")
+
+    @model_validator(mode="after")
+    def _push_needs_an_export(self) -> "PipelineConfig":
+        if self.push_to_hub and (self.export_dir is None or self.hub_model_id is None):
+            raise ValueError("push_to_hub needs export_dir and hub_model_id (owner/name)")
+        return self
 
 
 class RunConfig(Section):

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
             "build_models",
             "build_trainer",
             "check_data_fits",
+            "export_if_asked",
             "print_dry_run",
             "run_training",
             "run_training_from_config",

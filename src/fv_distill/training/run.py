@@ -17,6 +17,7 @@ from fv_distill.config.load import dump_run_config, load_run_config
 from fv_distill.config.schema import RunConfig
 from fv_distill.console import console
 from fv_distill.data.parquet import ParquetDataset
+from fv_distill.export.hub import push_directory
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.models.base import ModelBase
 
@@ -52,6 +53,8 @@ def run_training(config: RunConfig, *, dry_run: bool = False) -> Path:
         print_dry_run(trainer)
     else:
         trainer.train()
+        export_if_asked(trainer)
+    trainer.accelerator.end_training()
     return Path(config.training.output_dir)
 
 
@@ -154,6 +157,23 @@ def check_data_fits(dataset: ParquetDataset, method: TrainingMethod, config: Run
     elif config.training.data.latent_shape is not None:
         student.check_latent_shape(config.training.data.latent_shape)
     student.check_text(tuple(row["text_embedding"].shape))
+
+
+def export_if_asked(trainer: Trainer) -> None:
+    """Make a diffusers directory of the last checkpoint's student, and push it, as `pipeline` says."""
+    pipeline = trainer.config.pipeline
+    if pipeline.export_dir is not None and trainer.accelerator.is_main_process:
+        from fv_distill.export.convert import convert
+
+        checkpoint = trainer.checkpoints.latest()
+        assert checkpoint is not None, "training ends with a checkpoint"
+        convert(checkpoint, pipeline.export_dir, ema=pipeline.ema, overwrite=True)
+        console.print(f"exported the student to {pipeline.export_dir}", highlight=False, markup=False)
+        if pipeline.push_to_hub:
+            assert pipeline.hub_model_id is not None, "checked with the config"
+            url = push_directory(pipeline.export_dir, pipeline.hub_model_id, private=pipeline.hub_private)
+            console.print(f"pushed to {url}", highlight=False, markup=False)
+    trainer.accelerator.wait_for_everyone()
 
 
 def print_dry_run(trainer: Trainer) -> None:

@@ -33,6 +33,8 @@ def make_accelerator(
         ValueError: for fp16, FSDP version 1, or a launcher's FSDP that didn't come into force.
     """
     accelerator = Accelerator(
+        # Without the flag accelerate starts no process group for several processes on a machine that has only CPUs.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,
         log_with=list(trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs")),

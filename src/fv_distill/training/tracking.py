@@ -45,9 +45,10 @@ class RunLog:
             (self.directory / CONFIG_FILE).write_text(dump_run_config(self.config))
             _keep_until(self.directory / METRICS_FILE, step)
         if self.options.trackers:
-            flat = _flatten(self.config.model_dump(mode="json", by_alias=True))
+            flat = _flatten(self.config.model_dump(mode="json", by_alias=True)) | {"yaml": self.config.source_text}
             init_kwargs = {"wandb": {"name": self.options.run_name}} if self.options.run_name else {}
             self.accelerator.init_trackers(self.options.project_name, config=flat, init_kwargs=init_kwargs)
+            self._attach_yaml()
         if self.accelerator.is_main_process and sys.stdout.isatty():
             self._progress = Progress(
                 TextColumn("training"),
@@ -83,11 +84,15 @@ class RunLog:
             console.print(f"[yellow]warning:[/yellow] {message}")
 
     def finish(self) -> None:
-        """Close the progress bar and the trackers."""
+        """Close the progress bar; `accelerator.end_training` closes the trackers."""
         if self._progress is not None:
             self._progress.stop()
-        if self.options.trackers:
-            self.accelerator.end_training()
+
+    def _attach_yaml(self) -> None:
+        """Put the YAML as it was written beside the flat values that trackers take."""
+        for tracker in self.accelerator.trackers:
+            if self.accelerator.is_main_process and tracker.name == "tensorboard":
+                tracker.writer.add_text("config", f"```yaml\n{self.config.source_text or dump_run_config(self.config)}```")
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         losses = "  ".join(f"{name}={value:.4g}" for name, value in metrics.items() if name.startswith("loss/"))

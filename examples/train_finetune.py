@@ -1,0 +1,33 @@
+"""Fine-tune a video model on clips with flow matching.
+
+    accelerate launch examples/train_finetune.py --config examples/configs/finetune/digits.yaml
+"""
+
+from fv_distill import methods, training
+from fv_distill.config import parse_run_config
+from fv_distill.console import exit_on_user_error
+
+
+def main() -> None:
+    # The packages above load torch on first use, so that --help and mistakes in the config answer at once.
+    config, command_line = parse_run_config(__doc__, method_target="fv_distill.methods.FineTuneMethod")
+    with exit_on_user_error(debug=command_line.debug):
+        accelerator = training.build_accelerator(config, dry_run=command_line.dry_run)
+        dataset = training.build_dataset(config)
+
+        student = training.build_model(config, "student")
+        method = methods.FineTuneMethod({"student": student}, methods.FineTuneOptions(**config.method.options))
+        training.check_data_fits(dataset, method, config)
+
+        callbacks = training.build_callbacks(config)
+        trainer = training.Trainer(accelerator, method, dataset, config, callbacks)
+        if command_line.dry_run:
+            training.print_dry_run(trainer)
+        else:
+            trainer.train()
+            training.export_if_asked(trainer)
+        accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
