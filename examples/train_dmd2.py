@@ -24,7 +24,7 @@ def main() -> None:
             "critic": training.build_model(config, "critic"),
         }
         method = methods.DMD2Method(models, methods.DMD2Options(**config.method.options))
-        training.check_data_fits(dataset, method, config)
+        training.check_run(dataset, method, config)
 
         callbacks = training.build_callbacks(config)
         trainer = training.Trainer(accelerator, method, dataset, config, callbacks)

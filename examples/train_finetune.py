@@ -1,6 +1,6 @@
 """Fine-tune a video model on clips with flow matching.
 
-    accelerate launch examples/train_finetune.py --config examples/configs/finetune/digits.yaml
+accelerate launch examples/train_finetune.py --config examples/configs/finetune/digits.yaml
 """
 
 from fv_distill import methods, training
@@ -17,7 +17,7 @@ def main() -> None:
 
         student = training.build_model(config, "student")
         method = methods.FineTuneMethod({"student": student}, methods.FineTuneOptions(**config.method.options))
-        training.check_data_fits(dataset, method, config)
+        training.check_run(dataset, method, config)
 
         callbacks = training.build_callbacks(config)
         trainer = training.Trainer(accelerator, method, dataset, config, callbacks)

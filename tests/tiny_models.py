@@ -7,7 +7,22 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-WORDS = "a the handwritten digit zero one two three moving left right up down bad".split()
+WORDS = [
+    "a",
+    "the",
+    "handwritten",
+    "digit",
+    "zero",
+    "one",
+    "two",
+    "three",
+    "moving",
+    "left",
+    "right",
+    "up",
+    "down",
+    "bad",
+]
 TEXT_DIM = 16
 LATENT_CHANNELS = 4
 TEXT_LENGTH = 8

@@ -31,9 +31,7 @@ class SampleRng:
         device: where the draws are put. They are made on the CPU, so a run is the same on every kind of device.
     """
 
-    def __init__(
-        self, seed: int, step: int, sample_indices: Sequence[int], device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, seed: int, step: int, sample_indices: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.seed = seed
         self.step = step
         self.sample_indices = tuple(sample_indices)

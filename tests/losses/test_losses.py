@@ -91,7 +91,9 @@ def test_flow_matching_by_hand_and_gradient(triple):
     torch.testing.assert_close(velocity.grad, 2 * (velocity - target).detach() / velocity.numel())
 
 
-@pytest.mark.parametrize("weight", [torch.tensor([1.0, 3.0]), torch.rand(2, 4, generator=torch.Generator().manual_seed(1))])
+@pytest.mark.parametrize(
+    "weight", [torch.tensor([1.0, 3.0]), torch.rand(2, 4, generator=torch.Generator().manual_seed(1))]
+)
 def test_flow_matching_weights(triple, weight):
     velocity, target, _ = triple
     full = weight[:, None, None, None, None] if weight.ndim == 1 else weight[:, None, :, None, None]

@@ -25,7 +25,9 @@ def test_loss_equals_the_written_out_equation(student, batch, shifted):
     noise, u = rng.normal("noise", x0.shape[1:]), rng.uniform("sigma")
     sigma = 3 * u / (1 + 2 * u) if shifted else u
     s = sigma.view(-1, 1, 1, 1, 1)
-    velocity = student.transformer((1 - s) * x0 + s * noise, 1000 * sigma, batch["text_embedding"], return_dict=False)[0]
+    velocity = student.transformer((1 - s) * x0 + s * noise, 1000 * sigma, batch["text_embedding"], return_dict=False)[
+        0
+    ]
     expected = (velocity - (noise - x0)).square().mean()
     assert loss_of(student, batch, apply_flow_shift=shifted).item() == pytest.approx(expected.item(), rel=1e-5)
 

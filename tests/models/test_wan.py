@@ -87,7 +87,9 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_wan, batch):
         )
         assert model.transformer.is_gradient_checkpointing is checkpointing
         prepared = model.prepare_batch(batch)
-        model.predict_velocity(prepared.latents, torch.tensor([0.3, 0.8]), prepared.conditioning).square().mean().backward()
+        model.predict_velocity(
+            prepared.latents, torch.tensor([0.3, 0.8]), prepared.conditioning
+        ).square().mean().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.transformer.parameters()]))
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=0)
 
@@ -120,7 +122,9 @@ def test_weights_override_and_its_errors(tiny_wan, tmp_path):
     broken["surplus"] = broken.pop("proj_out.bias")
     broken["proj_out.weight"] = broken["proj_out.weight"][:1].clone()
     save_file(broken, path)
-    with pytest.raises(ValueError, match=r"missing proj_out.bias.*unexpected surplus.*proj_out.weight has shape \(1, 24\)"):
+    with pytest.raises(
+        ValueError, match=r"missing proj_out.bias.*unexpected surplus.*proj_out.weight has shape \(1, 24\)"
+    ):
         WanModel.from_pretrained(str(tiny_wan), weights=str(path))
 
 

@@ -11,7 +11,9 @@ def path():
     return x0, eps
 
 
-@pytest.mark.parametrize("sigma", [torch.tensor([0.2, 0.9]), torch.rand(2, 4, generator=torch.Generator().manual_seed(1))])
+@pytest.mark.parametrize(
+    "sigma", [torch.tensor([0.2, 0.9]), torch.rand(2, 4, generator=torch.Generator().manual_seed(1))]
+)
 def test_velocity_recovers_data_and_noise(path, sigma):
     x0, eps = path
     x_t, v = flow.add_noise(x0, eps, sigma), flow.velocity_target(x0, eps)

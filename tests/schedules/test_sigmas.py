@@ -34,7 +34,10 @@ def test_unwarped_steps_ignore_the_shift():
     assert few_step_sigmas((1000, 400), flow_shift=8) == (1.0, 0.4)
 
 
-@pytest.mark.parametrize(("steps", "message"), [((), "empty"), ((900, 500), "starts at 900"), ((1000, 500, 500), "fall"), ((1000, 0), "above 0")])
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [((), "empty"), ((900, 500), "starts at 900"), ((1000, 500, 500), "fall"), ((1000, 0), "above 0")],
+)
 def test_bad_steps_are_refused(steps, message):
     with pytest.raises(ValueError, match=message):
         few_step_sigmas(steps, flow_shift=3)

@@ -1,9 +1,9 @@
-"""The embedded data set: short clips of real handwritten digits that move and bounce, captioned in words.
+"""The embedded data set: short clips of real handwritten digits that cross the picture, captioned in words.
 
 The images are scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" test set (Alpaydin & Kaynak
-1998, CC BY 4.0): 1,797 grey 8 x 8 scans. A caption fixes the digit and the direction in which it sets off; where it
-starts, how fast it is and therefore when it bounces are left open, so that a caption has many right answers and a
-sampler with too few steps shows their blurred average.
+1998, CC BY 4.0): 1,797 grey 8 x 8 scans. A caption fixes the digit and its direction; the handwriting, where it enters
+and how it drifts and bounces sideways on its way are left open, so that a caption has many right answers and a sampler
+with too few steps shows their blurred average.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,13 @@ TEXT_LENGTH = 8
 """Tokens that hold every caption with its end mark."""
 
 FPS = 4
-LANES = (0, 4, 8)
-SPEEDS = (2, 4)
+SPEED = 2
+"""Pixels a frame along the captioned direction: five frames take a digit from one wall to the other."""
+
+LANES = (0, 2, 4, 6, 8)
+DRIFTS = (-2, 0, 2)
+"""Pixels a frame across it, with a bounce at the walls."""
+
 _TRAVEL = CANVAS - DIGIT_SIZE
 
 CAPTIONS = tuple(f"a handwritten {word} moving {direction}" for word in DIGIT_WORDS for direction in DIRECTIONS)
@@ -60,17 +65,21 @@ def digit_images(split: str) -> tuple[Tensor, Tensor]:
 
 
 def sample_clips(split: str, count: int, generator: torch.Generator) -> DigitClips:
-    """Draw `count` clips with all that their captions leave open: image, lane, start and speed."""
+    """Draw `count` clips with all that their captions leave open: image, lane and drift."""
     images, digits = digit_images(split)
     chosen = torch.randint(len(images), (count,), generator=generator)
     direction = torch.randint(len(DIRECTIONS), (count,), generator=generator)
     lane = torch.tensor(LANES)[torch.randint(len(LANES), (count,), generator=generator)]
-    speed = torch.tensor(SPEEDS)[torch.randint(len(SPEEDS), (count,), generator=generator)]
-    along = _positions(speed, torch.rand(count, generator=generator), forwards=direction % 2 == 1)
+    drift = torch.tensor(DRIFTS)[torch.randint(len(DRIFTS), (count,), generator=generator)]
+    # From wall to wall in both axes would be "right" as much as "down": a digit that enters along a wall stays on it.
+    drift = torch.where((lane == 0) | (lane == _TRAVEL), 0, drift)
+    time = torch.arange(NUM_FRAMES)
+    along = torch.where((direction % 2 == 1)[:, None], SPEED * time, _TRAVEL - SPEED * time)
+    across = _bounce(lane[:, None] + drift[:, None] * time)
     horizontal = direction < 2
     clips = torch.full((count, NUM_FRAMES, CANVAS, CANVAS), -1.0)
-    rows = torch.where(horizontal[:, None], lane[:, None], along)
-    columns = torch.where(horizontal[:, None], along, lane[:, None])
+    rows = torch.where(horizontal[:, None], across, along)
+    columns = torch.where(horizontal[:, None], along, across)
     square = torch.arange(DIGIT_SIZE)
     for frame in range(NUM_FRAMES):
         row = (rows[:, frame, None] + square)[:, :, None]
@@ -94,11 +103,7 @@ def from_latents(latents: Tensor) -> Tensor:
     return unfolded.reshape(count, 1, frames, height * PATCH, width * PATCH)
 
 
-def _positions(speed: Tensor, u: Tensor, *, forwards: Tensor) -> Tensor:
-    """Positions along the way `[N, F]`: a start from which the first step is possible, then moves that bounce."""
-    places = (_TRAVEL - speed) // SPEEDS[0] + 1
-    start = (u * places).long().clamp_max(places - 1) * SPEEDS[0]
-    unfolded = start[:, None] + speed[:, None] * torch.arange(NUM_FRAMES)
-    phase = unfolded % (2 * _TRAVEL)
-    bounced = torch.where(phase <= _TRAVEL, phase, 2 * _TRAVEL - phase)
-    return torch.where(forwards[:, None], bounced, _TRAVEL - bounced)
+def _bounce(position: Tensor) -> Tensor:
+    """Reflect positions at the walls 0 and `_TRAVEL`."""
+    phase = position % (2 * _TRAVEL)
+    return torch.where(phase <= _TRAVEL, phase, 2 * _TRAVEL - phase)

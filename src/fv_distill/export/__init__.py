@@ -5,8 +5,10 @@ from fv_distill._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "convert": ["convert", "load_role_weights"],
-        "diffusers_dir": ["export_diffusers_directory"],
+        "checkpoint_weights": ["load_role_weights", "read_checkpoint_metadata"],
+        "convert": ["convert"],
+        "diffusers_dir": ["StudentInfo", "export_diffusers_directory"],
+        "hub": ["push_directory"],
         "scheduler": ["few_step_scheduler"],
     },
 )

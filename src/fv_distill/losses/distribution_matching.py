@@ -12,9 +12,7 @@ NORMALIZERS = ("per_sample", "batch")
 NORMALIZER_FLOOR = 1e-6
 
 
-def dmd_direction(
-    generated: Tensor, *, real_x0: Tensor, fake_x0: Tensor, normalizer: str = "per_sample"
-) -> Tensor:
+def dmd_direction(generated: Tensor, *, real_x0: Tensor, fake_x0: Tensor, normalizer: str = "per_sample") -> Tensor:
     """The direction `(fake_x0 - real_x0) / mean |generated - real_x0|` in which the KL divergence grows.
 
     Args:

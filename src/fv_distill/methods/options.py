@@ -66,7 +66,8 @@ class DMD2Options(MethodOptions):
         True, description="read the timesteps as positions in the shifted schedule: sigma = shift(timestep / 1000)"
     )
     student_sample_type: Literal["sde", "ode"] = Field(
-        "sde", description="between two steps the student's x0 is noised afresh (sde) or with the noise it implies (ode)"
+        "sde",
+        description="between two steps the student's x0 is noised afresh (sde) or with the noise it implies (ode)",
     )
     generator_update_interval: int = Field(
         5, ge=1, description="the student is updated in every k-th step, first in step k; the critic in every step"

@@ -1,12 +1,13 @@
 """Reading diffusers directories: where a model is, what its configs say, and replacing its weights."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -86,15 +87,26 @@ def load_weights_override(transformer: nn.Module, path: str) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights={path!r}: no such file")
     weights = load_file(path)
-    own = transformer.state_dict()
-    problems = [f"missing {key}" for key in own if key not in weights]
-    problems += [f"unexpected {key}" for key in weights if key not in own]
+    try:
+        check_weights_fit(transformer.state_dict(), weights)
+    except ValueError as error:
+        raise ValueError(f"weights={path!r}: {error}") from error
+    transformer.load_state_dict(weights)
+
+
+def check_weights_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, shown: int = 8) -> None:
+    """Compare keys and shapes.
+
+    Raises:
+        ValueError: listing what is missing, unexpected or of another shape.
+    """
+    problems = [f"missing {key}" for key in expected if key not in weights]
+    problems += [f"unexpected {key}" for key in weights if key not in expected]
     problems += [
-        f"{key} has shape {tuple(weights[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
+        f"{key} has shape {tuple(weights[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in weights and weights[key].shape != value.shape
     ]
     if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"weights={path!r} don't fit the network: {'; '.join(problems[:8])}{more}")
-    transformer.load_state_dict(weights)
+        more = f" and {len(problems) - shown} more" if len(problems) > shown else ""
+        raise ValueError(f"the weights don't fit the network: {'; '.join(problems[:shown])}{more}")

@@ -68,7 +68,10 @@ class WanModel(ModelBase):
         transformer = WanTransformer3DModel.from_pretrained(
             directory, subfolder="transformer", dtype=parse_dtype(dtype)
         )
-        if transformer.config.image_dim is not None or transformer.config.in_channels != transformer.config.out_channels:
+        if (
+            transformer.config.image_dim is not None
+            or transformer.config.in_channels != transformer.config.out_channels
+        ):
             raise ValueError(f"{init_from} is an image-to-video Wan; WanModel handles Wan 2.1 text-to-video")
         if weights is not None:
             load_weights_override(transformer, weights)
@@ -136,9 +139,13 @@ class WanModel(ModelBase):
                 f"latents {shown} have {channels} channels but {self.directory} takes {self.network_config.in_channels}; "
                 "encode the data with this model's own VAE"
             )
-        for name, size, patch in zip(("T", "H", "W"), (frames, height, width), self.network_config.patch_size, strict=True):
+        for name, size, patch in zip(
+            ("T", "H", "W"), (frames, height, width), self.network_config.patch_size, strict=True
+        ):
             if size < patch or size % patch:
-                raise ValueError(f"latents {shown}: {name}={size} does not divide by the patch size {patch}; crop the data")
+                raise ValueError(
+                    f"latents {shown}: {name}={size} does not divide by the patch size {patch}; crop the data"
+                )
         factor = self.temporal_factor
         if num_frames is not None and num_frames != (frames - 1) * factor + 1:
             raise ValueError(

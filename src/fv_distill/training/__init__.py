@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = attach(
             "build_model",
             "build_models",
             "build_trainer",
-            "check_data_fits",
+            "check_run",
             "export_if_asked",
             "print_dry_run",
             "run_training",

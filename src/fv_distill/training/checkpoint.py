@@ -37,7 +37,9 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path:
     if resume_from == "latest":
         found = complete_checkpoints(output_dir)
         if not found:
-            raise FileNotFoundError(f"resume_from_checkpoint: latest, but {Path(output_dir) / 'checkpoints'} holds none")
+            raise FileNotFoundError(
+                f"resume_from_checkpoint: latest, but {Path(output_dir) / 'checkpoints'} holds none"
+            )
         return found[-1]
     path = Path(resume_from)
     if not (path / "metadata.json").is_file():
@@ -123,6 +125,11 @@ class CheckpointManager:
         if metadata["sharded"] != sharded:
             here, there = ("FSDP2", "replicated weights") if sharded else ("replicated weights", "FSDP2")
             raise ValueError(f"{path} was saved with {there}, this run uses {here}; launch it the same way to resume")
+        if not sharded and (metadata["world_size"] > 1) != (self.trainer.accelerator.num_processes > 1):
+            raise ValueError(
+                f"{path} was saved by {metadata['world_size']} processes with replicated weights, this run has "
+                f"{self.trainer.accelerator.num_processes}; resume with more than one process only what more than one saved"
+            )
         if metadata["models"] != self._model_names():
             raise ValueError(
                 f"{path} holds the networks {', '.join(metadata['models'])}, this run has "
@@ -141,7 +148,9 @@ class CheckpointManager:
     def _metadata(self) -> dict[str, Any]:
         trainer = self.trainer
         sigmas = trainer.method.few_step_sigmas
-        few_step = {"sigmas": list(sigmas), "sample_type": trainer.method.sample_type, "guidance_scale": 1.0} if sigmas else None
+        few_step = None
+        if sigmas is not None:
+            few_step = {"sigmas": list(sigmas), "sample_type": trainer.method.sample_type, "guidance_scale": 1.0}
         return {
             "format": FORMAT,
             "step": trainer.step,
@@ -151,6 +160,7 @@ class CheckpointManager:
             "sharded": trainer.accelerator.is_fsdp2,
             "models": self._model_names(),
             "few_step": few_step,
+            "latent_shape": list(trainer.latent_shape),
             "callbacks": trainer.callbacks.state_dict(),
             "versions": package_versions(),
             "config": trainer.config.model_dump(mode="json", by_alias=True),

@@ -17,7 +17,9 @@ from fv_distill.config.load import dump_run_config, load_run_config
 from fv_distill.config.schema import RunConfig
 from fv_distill.console import console
 from fv_distill.data.parquet import ParquetDataset
+from fv_distill.export.convert import convert
 from fv_distill.export.hub import push_directory
+from fv_distill.export.scheduler import few_step_scheduler
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.models.base import ModelBase
 
@@ -64,7 +66,7 @@ def build_trainer(config: RunConfig, *, dry_run: bool = False) -> Trainer:
     dataset = build_dataset(config)
     models = build_models(config)
     method = build_method(config, models)
-    check_data_fits(dataset, method, config)
+    check_run(dataset, method, config)
     return Trainer(accelerator, method, dataset, config, build_callbacks(config))
 
 
@@ -135,7 +137,9 @@ def build_method(config: RunConfig, models: Mapping[str, ModelBase]) -> Training
     """The method of the config over its adapters."""
     kind = resolve_target(config.method.target)
     if not (isinstance(kind, type) and issubclass(kind, TrainingMethod)):
-        raise TypeError(f"method._target_: {config.method.target} is not a subclass of fv_distill.methods.TrainingMethod")
+        raise TypeError(
+            f"method._target_: {config.method.target} is not a subclass of fv_distill.methods.TrainingMethod"
+        )
     return kind(models, kind.options_class.model_validate(config.method.options))
 
 
@@ -145,26 +149,31 @@ def build_callbacks(config: RunConfig) -> CallbackDict:
     return CallbackDict(options, config.training)
 
 
-def check_data_fits(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig) -> None:
-    """Compare the first row with the student before anything is trained.
+def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig) -> None:
+    """Find out before training what would otherwise fail during it or after it.
 
     Raises:
-        ValueError: naming what doesn't fit and how to mend it.
+        ValueError: if the first row doesn't fit the student, or an export is asked for that no stock scheduler can sample.
     """
     row, student = dataset[0], method.models["student"]
     if "vae_latent" in row:
         student.check_latent_shape(tuple(row["vae_latent"].shape), num_frames=row.get("num_frames"))
     elif config.training.data.latent_shape is not None:
         student.check_latent_shape(config.training.data.latent_shape)
+    else:
+        raise ValueError(
+            "the rows of training.data.data_path hold text only; set training.data.latent_shape to the [C, T, H, W] "
+            "that the student shall generate"
+        )
     student.check_text(tuple(row["text_embedding"].shape))
+    if config.pipeline.export_dir is not None and method.few_step_sigmas is not None:
+        few_step_scheduler(method.few_step_sigmas, sample_type=method.sample_type)
 
 
 def export_if_asked(trainer: Trainer) -> None:
     """Make a diffusers directory of the last checkpoint's student, and push it, as `pipeline` says."""
     pipeline = trainer.config.pipeline
     if pipeline.export_dir is not None and trainer.accelerator.is_main_process:
-        from fv_distill.export.convert import convert
-
         checkpoint = trainer.checkpoints.latest()
         assert checkpoint is not None, "training ends with a checkpoint"
         convert(checkpoint, pipeline.export_dir, ema=pipeline.ema, overwrite=True)

@@ -92,7 +92,9 @@ class RunLog:
         """Put the YAML as it was written beside the flat values that trackers take."""
         for tracker in self.accelerator.trackers:
             if self.accelerator.is_main_process and tracker.name == "tensorboard":
-                tracker.writer.add_text("config", f"```yaml\n{self.config.source_text or dump_run_config(self.config)}```")
+                tracker.writer.add_text(
+                    "config", f"```yaml\n{self.config.source_text or dump_run_config(self.config)}```"
+                )
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         losses = "  ".join(f"{name}={value:.4g}" for name, value in metrics.items() if name.startswith("loss/"))

@@ -132,6 +132,15 @@ class Trainer:
         for micro_batches in loader:
             yield [self._to_device(batch) for batch in micro_batches]
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """`[C, T, H, W]` of what is trained on: the data's clips, or `training.data.latent_shape` for text-only rows."""
+        row = self.dataset[0]
+        if "vae_latent" in row:
+            return tuple(row["vae_latent"].shape)
+        assert self.config.training.data.latent_shape is not None, "checked before training"
+        return self.config.training.data.latent_shape
+
     def _to_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         moved = {
             key: value.to(self.accelerator.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
@@ -143,7 +152,9 @@ class Trainer:
 
     def _mean_over_processes(self, metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """All metrics in one reduction and one copy to the host; every process sees the same numbers."""
-        values = torch.stack([value.detach().float().reshape(()).to(self.accelerator.device) for value in metrics.values()])
+        values = torch.stack(
+            [value.detach().float().reshape(()).to(self.accelerator.device) for value in metrics.values()]
+        )
         return dict(zip(metrics, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
 
     def _stop_if_nonfinite(self, metrics: Mapping[str, float]) -> None:

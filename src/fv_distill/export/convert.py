@@ -1,0 +1,76 @@
+"""From a training checkpoint to a diffusers directory: the `fv-distill export` command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fv_distill.config.load import load_run_config
+from fv_distill.models.pretrained import load_component_config, parse_dtype, resolve_directory
+
+from .checkpoint_weights import load_role_weights, read_checkpoint_metadata
+from .diffusers_dir import StudentInfo, export_diffusers_directory
+
+
+def convert(
+    checkpoint: str | Path,
+    output_dir: str | Path,
+    *,
+    config: str | Path | None = None,
+    role: str = "student",
+    ema: bool = True,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Make a diffusers directory of one role of a training checkpoint, on one process.
+
+    Args:
+        checkpoint: a complete checkpoint of a run of any world size.
+        output_dir: the directory to write.
+        config: the run's YAML, where its model directories have moved since; None reads the checkpoint's own.
+        role: which network.
+        ema: the student's averaged weights, if the checkpoint has them.
+        dtype: "float32", "bfloat16" or "float16" for the written transformer; None keeps the weights' own.
+        overwrite: replace an existing output directory.
+
+    Raises:
+        FileNotFoundError: if the checkpoint is incomplete or the base model isn't there.
+        FileExistsError: if the output directory isn't empty and `overwrite` is off.
+        ValueError: if the checkpoint has no such role.
+    """
+    metadata = read_checkpoint_metadata(checkpoint)
+    averaged = ema and role == "student" and "ema" in metadata["models"]
+    weights = load_role_weights(checkpoint, "ema" if averaged else role)
+    models = metadata["config"]["models"]
+    if config is not None:
+        models = load_run_config(config).model_dump(mode="json", by_alias=True)["models"]
+    few_step = metadata["few_step"] if role == "student" else None
+    info = StudentInfo(
+        base_model=models[role]["init_from"],
+        method=metadata["config"]["method"]["_target_"],
+        sigmas=None if few_step is None else tuple(few_step["sigmas"]),
+        sample_type="ode" if few_step is None else few_step["sample_type"],
+        step=metadata["step"],
+        averaged=averaged,
+        call=_call_arguments(models[role]["init_from"], metadata),
+        versions=metadata["versions"],
+    )
+    return export_diffusers_directory(
+        output_dir, weights, info, dtype=None if dtype is None else parse_dtype(dtype), overwrite=overwrite
+    )
+
+
+def read_student_info(directory: str | Path) -> dict[str, Any]:
+    """What an export says about itself in `fv_distill.json`."""
+    return json.loads((Path(directory) / "fv_distill.json").read_text())
+
+
+def _call_arguments(base_model: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Size, frames and text length of the clips that the student was trained on, as the pipeline's arguments."""
+    vae = load_component_config(resolve_directory(base_model), "vae")
+    _, frames, height, width = metadata["latent_shape"]
+    return {
+        "height": height * vae["scale_factor_spatial"],
+        "width": width * vae["scale_factor_spatial"],
+        "num_frames": (frames - 1) * vae["scale_factor_temporal"] + 1,
+        "max_sequence_length": metadata["config"]["training"]["data"]["text_length"],
+    }

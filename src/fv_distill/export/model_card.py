@@ -1,0 +1,79 @@
+"""The README.md of an export: what it is, and a snippet that runs as it stands."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .diffusers_dir import StudentInfo
+
+_CARD = """\
+---
+library_name: diffusers
+pipeline_tag: text-to-video
+tags: [diffusers, text-to-video, distillation, fv_distill]
+---
+
+# {name}
+
+{summary}
+
+- base model: `{base_model}`
+- method: `{method}`, {step} steps{averaged}
+{sampling}
+## Use it
+
+```python
+{snippet}
+```
+{note}"""
+
+_SDE_NOTE = """
+Between two steps the sample is noised afresh, and the pipeline draws that noise from torch's global generator:
+`torch.manual_seed` fixes it, the pipeline's `generator` argument only fixes the start.
+"""
+
+
+def write_model_card(path: Path, info: "StudentInfo", *, name: str) -> None:
+    """Write the card of the export called `name` to `path`."""
+    steps = None if info.sigmas is None else len(info.sigmas)
+    summary = "A fine-tuned video model." if steps is None else f"A video model that samples in {steps} network calls."
+    sampling = ""
+    if info.sigmas is not None:
+        levels = ", ".join(f"{sigma:.6g}" for sigma in info.sigmas)
+        sampling = f"- noise levels: {levels}; guidance 1 (none); sampling: {info.sample_type}\n"
+    path.write_text(
+        _CARD.format(
+            name=name,
+            summary=summary,
+            base_model=info.base_model,
+            method=info.method,
+            step=info.step,
+            averaged=", averaged weights" if info.averaged else "",
+            sampling=sampling,
+            snippet=sampling_snippet(info, name=name),
+            note=_SDE_NOTE if steps is not None and info.sample_type == "sde" else "",
+        )
+    )
+
+
+def sampling_snippet(info: "StudentInfo", *, name: str) -> str:
+    """Python that samples one clip, to be run where the export lies."""
+    call: dict[str, object] = {"prompt": "a cat walks through snow", **info.call}
+    if info.sigmas is not None:
+        call |= {"num_inference_steps": len(info.sigmas), "guidance_scale": 1.0}
+    lines = [f"    {key}={value!r}," for key, value in call.items()]
+    return "\n".join(
+        [
+            "import torch",
+            "from diffusers import DiffusionPipeline",
+            "from diffusers.utils import export_to_gif",
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained("{name}")',
+            "torch.manual_seed(0)",
+            "result = pipe(",
+            *lines,
+            '    output_type="pil",',
+            ")",
+            'export_to_gif(result.frames[0], "sample.gif")',
+        ]
+    )
