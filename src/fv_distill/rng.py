@@ -1,7 +1,7 @@
 """Stateless random numbers: every draw is a pure function of the seed, a stream name, the step and the sample.
 
-Nothing here has a state to save, so a resumed run draws what an uninterrupted one would have drawn, and a sample sees the
-same noise however its global batch is split over processes and micro-batches.
+Nothing here has a state to save, so a resumed run draws what an uninterrupted one would have drawn, and a sample sees
+the same noise however its global batch is split over processes and micro-batches.
 """
 
 import hashlib

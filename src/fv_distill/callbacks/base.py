@@ -1,4 +1,4 @@
-"""`Callback`, the hooks of a training run, and `CallbackDict`, which builds them from a config and calls them in order."""
+"""`Callback`, the hooks of a training run, and `CallbackDict`, which builds them from a config and calls them."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any

@@ -72,7 +72,7 @@ def export_diffusers_directory(
         raise FileExistsError(f"{output_dir} is not empty; choose another directory or pass overwrite")
     if output_dir.resolve() == base.resolve():
         raise ValueError(f"{output_dir} is the base model itself; export to another directory")
-    scheduler = None if info.sigmas is None else few_step_scheduler(info.sigmas, sample_type=info.sample_type)
+    scheduler: Any = None if info.sigmas is None else few_step_scheduler(info.sigmas, sample_type=info.sample_type)
     transformer = build_transformer(base, weights, dtype=dtype)
     partial = output_dir.with_name(f"{output_dir.name}.incomplete")
     shutil.rmtree(partial, ignore_errors=True)

@@ -11,6 +11,7 @@ shift, and `shift_terminal` fixes c. So any list of this form is reached exactly
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -38,7 +39,8 @@ def few_step_scheduler(sigmas: Sequence[float], *, sample_type: str = "sde") -> 
     if not sigmas or sigmas[0] != 1 or any(a <= b for a, b in zip(sigmas, [*sigmas[1:], 0.0], strict=True)):
         raise ValueError(f"sigmas {list(sigmas)} must fall from 1 and stay above 0")
     shift = _solve_shift(sigmas)
-    scheduler = FlowMatchEulerDiscreteScheduler(
+    # diffusers' configuration mixin hides its attributes from type checkers.
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=_TRAIN_TIMESTEPS,
         shift=shift,
         shift_terminal=sigmas[-1] if len(sigmas) > 1 else None,

@@ -1,4 +1,4 @@
-"""`TrainingMethod`: which role minimises what, and when. A method never sees an optimizer, a file or a process group."""
+"""`TrainingMethod`: which role minimises what, and when. It never sees an optimizer, a file or a process group."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -65,7 +65,7 @@ class TrainingMethod(ABC):
         """Entries of `training.optimizer` that differ for this role."""
         return {}
 
-    def encode_prompts(self) -> None:
+    def encode_prompts(self) -> None:  # noqa: B027
         """Encode what the method needs from text encoders before the first step; does nothing by default."""
 
     def _check_roles(self) -> None:

@@ -4,7 +4,7 @@ Yin et al. 2024, "Improved distribution matching distillation for fast image syn
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -151,7 +151,7 @@ class DMD2Method(TrainingMethod):
         return unconditional(conditioning, self._policy, negative)
 
     def _prepare(self, batch: Mapping[str, Any]) -> PreparedBatch:
-        source = "data" if self.options.rollout_mode == "data_latent" else "zeros"
+        source: Literal["data", "zeros"] = "data" if self.options.rollout_mode == "data_latent" else "zeros"
         prepared = self.student.prepare_batch(batch, latents_source=source)
         cfg = self.options.cfg_uncond
         if cfg.on_missing == "error":

@@ -67,7 +67,7 @@ class DMD2Options(MethodOptions):
     )
     student_sample_type: Literal["sde", "ode"] = Field(
         "sde",
-        description="between two steps the student's x0 is noised afresh (sde) or with the noise it implies (ode)",
+        description="between two steps x0 is noised afresh (sde) or with the noise that the velocity implies (ode)",
     )
     generator_update_interval: int = Field(
         5, ge=1, description="the student is updated in every k-th step, first in step k; the critic in every step"

@@ -136,8 +136,8 @@ class WanModel(ModelBase):
         channels, frames, height, width = shown
         if channels != self.network_config.in_channels:
             raise ValueError(
-                f"latents {shown} have {channels} channels but {self.directory} takes {self.network_config.in_channels}; "
-                "encode the data with this model's own VAE"
+                f"latents {shown} have {channels} channels but {self.directory} takes "
+                f"{self.network_config.in_channels}; encode the data with this model's own VAE"
             )
         for name, size, patch in zip(
             ("T", "H", "W"), (frames, height, width), self.network_config.patch_size, strict=True
@@ -149,8 +149,8 @@ class WanModel(ModelBase):
         factor = self.temporal_factor
         if num_frames is not None and num_frames != (frames - 1) * factor + 1:
             raise ValueError(
-                f"a clip of {num_frames} frames can't have {frames} latent frames: this VAE turns {factor}k+1 frames into "
-                f"k+1, so {frames} latent frames are {(frames - 1) * factor + 1} frames; re-encode the clip"
+                f"a clip of {num_frames} frames can't have {frames} latent frames: this VAE turns {factor}k+1 frames "
+                f"into k+1, so {frames} latent frames are {(frames - 1) * factor + 1} frames; re-encode the clip"
             )
 
     def check_text(self, shape: Sequence[int]) -> None:

@@ -1,6 +1,7 @@
 """The noise levels that a few-step student is trained at and sampled with."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from .shift import shift_sigma
 
@@ -22,7 +23,7 @@ def few_step_sigmas(denoising_steps: Sequence[float], *, flow_shift: float, warp
         raise ValueError("dmd_denoising_steps is empty; a student needs at least one step, for instance [1000]")
     if steps[0] != 1000:
         raise ValueError(f"dmd_denoising_steps starts at {steps[0]:g}; a student starts at pure noise, 1000")
-    if any(a <= b for a, b in zip(steps, steps[1:], strict=False)) or steps[-1] <= 0:
+    if any(a <= b for a, b in pairwise(steps)) or steps[-1] <= 0:
         raise ValueError(f"dmd_denoising_steps={steps} must fall strictly and stay above 0")
     sigmas = [step / 1000 for step in steps]
     return tuple(shift_sigma(sigma, flow_shift) if warp else sigma for sigma in sigmas)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def broadcast_sigma(sigma: Tensor, like: Tensor) -> Tensor:
-    """View sigma of shape `[B]`, or `[B, T]` for one value per latent frame, so that it broadcasts over `[B, C, T, H, W]`.
+    """View sigma `[B]`, or `[B, T]` for one value per latent frame, so that it broadcasts over `[B, C, T, H, W]`.
 
     Raises:
         ValueError: if sigma has neither shape.

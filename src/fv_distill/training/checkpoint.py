@@ -128,7 +128,8 @@ class CheckpointManager:
         if not sharded and (metadata["world_size"] > 1) != (self.trainer.accelerator.num_processes > 1):
             raise ValueError(
                 f"{path} was saved by {metadata['world_size']} processes with replicated weights, this run has "
-                f"{self.trainer.accelerator.num_processes}; resume with more than one process only what more than one saved"
+                f"{self.trainer.accelerator.num_processes}; a run with replicated weights resumes on one process or on "
+                "several, as it was saved"
             )
         if metadata["models"] != self._model_names():
             raise ValueError(

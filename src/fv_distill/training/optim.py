@@ -1,4 +1,4 @@
-"""Optimizers by dotted path, and learning rates as a function of the update, so that schedules have no state to save."""
+"""Optimizers by dotted path, and learning rates as a function of the update: schedules have no state to save."""
 
 import math
 from collections.abc import Iterable
@@ -55,7 +55,7 @@ class LearningRate:
 def build_optimizer(parameters: Iterable[nn.Parameter], options: dict[str, Any]) -> Optimizer:
     """The optimizer that `options` (`training.optimizer` with a role's overrides) describes.
 
-    `target` names the class; `learning_rate` becomes its `lr`; keys of the schedule are left out; all others are passed.
+    `target` names the class; `learning_rate` becomes its `lr`; keys of the schedule are left out, all others passed on.
 
     Raises:
         ValueError: for a key that the class does not take.

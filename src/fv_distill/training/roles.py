@@ -19,7 +19,7 @@ class Role:
     """One trainable role.
 
     Attributes:
-        updates: optimizer steps made so far; a step skipped for a non-finite loss counts, so that schedules depend on the
+        updates: optimizer steps made so far; one skipped for a non-finite loss counts, so that schedules depend on the
             step alone.
     """
 

@@ -153,7 +153,7 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
     """Find out before training what would otherwise fail during it or after it.
 
     Raises:
-        ValueError: if the first row doesn't fit the student, or an export is asked for that no stock scheduler can sample.
+        ValueError: if the first row doesn't fit the student, or no stock scheduler can sample the export asked for.
     """
     row, student = dataset[0], method.models["student"]
     if "vae_latent" in row:

@@ -134,7 +134,7 @@ class Trainer:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """`[C, T, H, W]` of what is trained on: the data's clips, or `training.data.latent_shape` for text-only rows."""
+        """`[C, T, H, W]` of what is trained on: the clips', or `training.data.latent_shape` for text-only rows."""
         row = self.dataset[0]
         if "vae_latent" in row:
             return tuple(row["vae_latent"].shape)
@@ -167,5 +167,6 @@ class Trainer:
             raise NonFiniteLossError(
                 f"{', '.join(bad)} not finite for {limit} steps in a row, up to step {self.step}; "
                 f"the last good checkpoint is {self.checkpoints.latest() or 'none'}. "
-                "Lower training.optimizer.learning_rate or look at the data (training.loop.max_nonfinite_steps sets the limit)"
+                "Lower training.optimizer.learning_rate or look at the data; training.loop.max_nonfinite_steps sets the "
+                "limit"
             )
