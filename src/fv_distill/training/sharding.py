@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -49,8 +50,8 @@ def make_accelerator(
             "the launcher asks for FSDP but version 2 is not in force; set fsdp_version: 2 in accelerate's config"
         )
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
-        # Accelerate's policy reduces gradients in bf16. Inputs are cast by our adapters: the policy would also round
-        # the fp32 timestep to 8 bits.
+        # Accelerate's policy reduces gradients in bf16. Its input cast would also round the fp32 timestep to 8 bits, so
+        # `_cast_inputs_where_sharded` takes its place.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -74,7 +75,7 @@ def prepare_trainable(accelerator: Accelerator, model: ModelBase, optimizer: Opt
     exactly one model with its optimizer.
     """
     model.transformer, optimizer = accelerator.prepare(model.transformer, optimizer)
-    _set_compute_dtype(accelerator, model)
+    _cast_inputs_where_sharded(accelerator, model.transformer)
     return optimizer
 
 
@@ -85,7 +86,7 @@ def prepare_frozen(accelerator: Accelerator, model: ModelBase) -> None:
     """
     if accelerator.is_fsdp2:
         model.transformer = fsdp2_prepare_model(accelerator, model.transformer)
-        _set_compute_dtype(accelerator, model)
+        _cast_inputs_where_sharded(accelerator, model.transformer)
     else:
         model.transformer.to(accelerator.device)
 
@@ -97,11 +98,19 @@ def prepare_averaged(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     return accelerator.prepare_model(module, evaluation_mode=True)
 
 
-def _set_compute_dtype(accelerator: Accelerator, model: ModelBase) -> None:
-    """Under FSDP2 the gathered weights are bf16, and so are the inputs that the adapter has to pass."""
+def _cast_inputs_where_sharded(accelerator: Accelerator, network: nn.Module) -> None:
+    """Give an FSDP2 network its tensors in the type of its gathered weights, all but the timestep."""
     policy = accelerator.state.fsdp_plugin.mixed_precision_policy if accelerator.is_fsdp2 else None
-    if policy is not None and policy.param_dtype is not None:
-        model.dtype = policy.param_dtype
+    if policy is None or policy.param_dtype is None:
+        return
+
+    def cast(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for name, value in kwargs.items():
+            if name != "timestep" and isinstance(value, torch.Tensor) and value.is_floating_point():
+                kwargs[name] = value.to(policy.param_dtype)
+        return args, kwargs
+
+    network.register_forward_pre_hook(cast, with_kwargs=True)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

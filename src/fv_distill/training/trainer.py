@@ -167,6 +167,6 @@ class Trainer:
             raise NonFiniteLossError(
                 f"{', '.join(bad)} not finite for {limit} steps in a row, up to step {self.step}; "
                 f"the last good checkpoint is {self.checkpoints.latest() or 'none'}. "
-                "Lower training.optimizer.learning_rate or look at the data; training.loop.max_nonfinite_steps sets the "
-                "limit"
+                "Lower training.optimizer.learning_rate or look at the data "
+                "(the limit is training.loop.max_nonfinite_steps)"
             )
