@@ -68,9 +68,11 @@ def _call_arguments(base_model: str, metadata: dict[str, Any]) -> dict[str, Any]
     """Size, frames and text length of the clips that the student was trained on, as the pipeline's arguments."""
     vae = load_component_config(resolve_directory(base_model), "vae")
     _, frames, height, width = metadata["latent_shape"]
+    factor = vae["scale_factor_temporal"]
     return {
         "height": height * vae["scale_factor_spatial"],
         "width": width * vae["scale_factor_spatial"],
-        "num_frames": (frames - 1) * vae["scale_factor_temporal"] + 1,
+        # The pipeline rounds to 4k + 1 by rounding down and adding 1, which without temporal folding is one too many.
+        "num_frames": (frames - 1) * factor + (1 if factor > 1 else 0),
         "max_sequence_length": metadata["config"]["training"]["data"]["text_length"],
     }

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +43,12 @@ class StudentInfo:
     call: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def pipeline_call(self) -> dict[str, Any]:
+        """All arguments of the pipeline's call beside the prompt: a few-step student has its step count and no guidance."""
+        few_step = {} if self.sigmas is None else {"num_inference_steps": len(self.sigmas), "guidance_scale": 1.0}
+        return {**self.call, **few_step}
+
 
 def export_diffusers_directory(
     output_dir: str | Path,
@@ -64,14 +70,12 @@ def export_diffusers_directory(
         overwrite: replace an existing directory.
 
     Raises:
-        FileExistsError: if the directory exists, isn't empty, and `overwrite` is off.
-        ValueError: if the weights don't fit the base transformer, or no stock scheduler visits the sigmas.
+        FileExistsError: if the directory exists and isn't empty, and `overwrite` is off or it is no diffusers directory.
+        ValueError: if the weights don't fit the base transformer, no stock scheduler visits the sigmas, or the output
+            and the base directory lie in each other.
     """
     output_dir, base = Path(output_dir), resolve_directory(info.base_model)
-    if output_dir.exists() and any(output_dir.iterdir()) and not overwrite:
-        raise FileExistsError(f"{output_dir} is not empty; choose another directory or pass overwrite")
-    if output_dir.resolve() == base.resolve():
-        raise ValueError(f"{output_dir} is the base model itself; export to another directory")
+    _check_output(output_dir, base, overwrite=overwrite)
     scheduler: Any = None if info.sigmas is None else few_step_scheduler(info.sigmas, sample_type=info.sample_type)
     transformer = build_transformer(base, weights, dtype=dtype)
     partial = output_dir.with_name(f"{output_dir.name}.incomplete")
@@ -82,12 +86,40 @@ def export_diffusers_directory(
     if scheduler is not None:
         scheduler.save_pretrained(partial / "scheduler")
         _set_scheduler_class(partial / "model_index.json", type(scheduler).__name__)
-    (partial / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n")
+    (partial / INFO_FILE).write_text(json.dumps({**asdict(info), "call": info.pipeline_call}, indent=2) + "\n")
     write_model_card(partial / "README.md", info, name=output_dir.name)
-    if output_dir.exists():
-        shutil.rmtree(output_dir)
-    partial.rename(output_dir)
+    _replace(output_dir, partial)
     return output_dir
+
+
+def _check_output(output_dir: Path, base: Path, *, overwrite: bool) -> None:
+    own, other = output_dir.resolve(), base.resolve()
+    if own == other or own in other.parents or other in own.parents:
+        raise ValueError(
+            f"the output directory {output_dir} and the base model {base} are the same or lie in each other; "
+            "export to another directory"
+        )
+    if not output_dir.exists() or not any(output_dir.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{output_dir} is not empty; choose another directory or replace it with --overwrite (overwrite=True)"
+        )
+    if not (output_dir / "model_index.json").is_file():
+        # A mistyped path must not cost somebody a directory of other things.
+        raise FileExistsError(f"{output_dir} holds something else than an export, which is not overwritten; remove it")
+
+
+def _replace(output_dir: Path, partial: Path) -> None:
+    """Put the complete directory under its name; the old one is removed last, so that one of the two is always whole."""
+    if not output_dir.exists():
+        partial.rename(output_dir)
+        return
+    old = output_dir.with_name(f"{output_dir.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    output_dir.rename(old)
+    partial.rename(output_dir)
+    shutil.rmtree(old)
 
 
 def build_transformer(base: Path, weights: Mapping[str, Tensor], *, dtype: torch.dtype | None) -> nn.Module:
@@ -101,9 +133,19 @@ def build_transformer(base: Path, weights: Mapping[str, Tensor], *, dtype: torch
     with torch.device("meta"):
         transformer = kind.from_config(kind.load_config(base, subfolder="transformer"))
     check_weights_fit(transformer.state_dict(), weights)
-    transformer.load_state_dict(dict(weights), assign=True)
     # The rotary tables are no part of a state dict and are computed anew when the directory is loaded.
-    return transformer if dtype is None else transformer.to(dtype)
+    transformer.load_state_dict(_cast(weights, dtype, keep_float32=kind._keep_in_fp32_modules or ()), assign=True)
+    return transformer
+
+
+def _cast(
+    weights: Mapping[str, Tensor], dtype: torch.dtype | None, *, keep_float32: Collection[str]
+) -> dict[str, Tensor]:
+    """`weights` in `dtype`, except in the modules that diffusers keeps in float32 when it loads a network in half."""
+    if dtype is None:
+        return dict(weights)
+    kept = {key for key in weights if not set(keep_float32).isdisjoint(key.split("."))}
+    return {key: value.to(torch.float32 if key in kept else dtype) for key, value in weights.items()}
 
 
 def _set_scheduler_class(index_file: Path, class_name: str) -> None:

@@ -58,9 +58,7 @@ def write_model_card(path: Path, info: "StudentInfo", *, name: str) -> None:
 
 def sampling_snippet(info: "StudentInfo", *, name: str) -> str:
     """Python that samples one clip, to be run where the export lies."""
-    call: dict[str, object] = {"prompt": "a cat walks through snow", **info.call}
-    if info.sigmas is not None:
-        call |= {"num_inference_steps": len(info.sigmas), "guidance_scale": 1.0}
+    call = {"prompt": "a cat walks through snow", **info.pipeline_call}
     lines = [f"    {key}={value!r}," for key, value in call.items()]
     return "\n".join(
         [

@@ -1,0 +1,194 @@
+"""Run the main job on the digits and measure what came out: the script behind `make demo`.
+
+    python examples/digits/demo.py --seed 0
+
+It trains the student with examples/train_dmd2.py, loads the export with stock diffusers, samples clips from it and from
+the teacher in several ways with the same prompts and the same noise, and writes results.json, results.md, samples.png,
+samples.gif and curves.png.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from metrics import Evaluator, Quality
+from report import print_table, write_curves, write_samples, write_table
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from fv_distill.data.digits import CANVAS, CAPTIONS, NUM_FRAMES, PATCH, TEXT_LENGTH, sample_clips
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TEACHER = REPOSITORY / "examples/digits/teacher"
+CONFIG = REPOSITORY / "examples/configs/dmd2/digits.yaml"
+TEACHER_STEPS = 50
+TEACHER_GUIDANCE = 1.5
+NOISE_SEED = 11
+BATCH = 125
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to make clips, and how good they are; `forward_passes` are network calls per clip."""
+
+    name: str
+    steps: int | None
+    guidance: float | None
+    forward_passes: int
+    frechet_cnn: float
+    frechet_pixel: float
+    prompt_accuracy: float
+    seconds: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of the training run")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--fast", action="store_true", help="a few steps and clips, to see that all of it runs")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of the training run")
+    args = parser.parse_args()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    started = time.monotonic()
+    output = args.output_dir.resolve()
+    student = output / "student"
+    distil(output, student, seed=args.seed, fast=args.fast, debug=args.debug)
+    distilled = time.monotonic()
+
+    count, teacher_steps = (80, 4) if args.fast else (1000, TEACHER_STEPS)
+    rows, clips = measure(student, count=count, teacher_steps=teacher_steps)
+    seconds = {"distillation": round(distilled - started, 1), "whole": round(time.monotonic() - started, 1)}
+    results = {
+        "seed": args.seed,
+        "clips": count,
+        "fast": args.fast,
+        "seconds": seconds,
+        "rows": [asdict(r) for r in rows],
+    }
+    results["bar"] = check_bar(rows)
+    write_samples(clips, output)
+    write_curves(output / "run" / "metrics.jsonl", output / "curves.png")
+    write_table(results, output / "results.md")
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print_table(results)
+    print(f"wrote {', '.join(sorted(path.name for path in output.iterdir() if path.is_file()))} to {args.output_dir}")
+
+
+def distil(output: Path, student: Path, *, seed: int, fast: bool, debug: bool) -> None:
+    """The main job, as a user would launch it."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(REPOSITORY / "configs/accelerate/cpu.yaml")]
+    command += ["--num_cpu_threads_per_process", str(os.cpu_count())]
+    command += [str(REPOSITORY / "examples/train_dmd2.py"), "--config", str(CONFIG), "--overwrite"]
+    command += ["--output-dir", str(output / "run"), "--training.seed", str(seed)]
+    command += ["--pipeline.export_dir", str(student)]
+    if fast:
+        command += ["--training.loop.max_train_steps", "4", "--method.generator_update_interval", "2"]
+        command += ["--training.data.train_batch_size", "8"]
+    if debug:
+        command += ["--debug"]
+    print(f"$ accelerate launch examples/train_dmd2.py {' '.join(command[8:])}", flush=True)
+    # The config names its files from the repository's root.
+    status = subprocess.run(command, cwd=REPOSITORY, check=False).returncode
+    if status:
+        raise SystemExit(status)
+
+
+def measure(student: Path, *, count: int, teacher_steps: int) -> tuple[list[Row], dict[str, Tensor]]:
+    """The rows of the results, and the clips that the pictures show."""
+    few = len(json.loads((student / "fv_distill.json").read_text())["sigmas"])
+    teacher = DiffusionPipeline.from_pretrained(TEACHER)
+    distilled = DiffusionPipeline.from_pretrained(student)
+    # The student's own pipeline around the teacher's weights: what the student was before it was trained.
+    undistilled = DiffusionPipeline.from_pretrained(student, transformer=teacher.transformer)
+    half = max(1, few // 2)
+    ways = [
+        (f"teacher, {teacher_steps} steps", teacher, teacher_steps, TEACHER_GUIDANCE),
+        (f"teacher, {few} steps (twice the passes)", teacher, few, TEACHER_GUIDANCE),
+        (f"teacher, {half} steps (the student's passes)", teacher, half, TEACHER_GUIDANCE),
+        ("undistilled network", undistilled, few, 1.0),
+        ("student", distilled, few, 1.0),
+    ]
+    evaluate = Evaluator()
+    captions = torch.arange(count) % len(CAPTIONS)
+    shape = (count, PATCH * PATCH, NUM_FRAMES, CANVAS // PATCH, CANVAS // PATCH)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+    held_out = sample_clips("held_out", count, torch.Generator().manual_seed(NOISE_SEED))
+    rows = [make_row("real, held out", None, None, 0, evaluate(held_out.clips, held_out.captions), 0.0)]
+    clips = {}
+    for name, pipeline, steps, guidance in ways:
+        start = time.monotonic()
+        clips[name] = generate(pipeline, captions, noise, steps=steps, guidance=guidance)
+        seconds = time.monotonic() - start
+        passes = steps * (1 if guidance == 1 else 2)
+        rows.append(make_row(name, steps, guidance, passes, evaluate(clips[name], captions), seconds))
+    pictured = [ways[0][0], ways[2][0], "student"]
+    return rows, {name: clips[name] for name in pictured}
+
+
+def generate(pipeline: Any, captions: Tensor, noise: Tensor, *, steps: int, guidance: float) -> Tensor:
+    """Clips `[N, 1, 5, 16, 16]` in [-1, 1] from a stock pipeline, decoded by its VAE."""
+    pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(NOISE_SEED)  # a re-noising scheduler draws from the global generator
+    parts = []
+    for caption, latents in zip(captions.split(BATCH), noise.split(BATCH), strict=True):
+        frames = pipeline(
+            [CAPTIONS[index] for index in caption.tolist()],
+            height=CANVAS,
+            width=CANVAS,
+            num_frames=NUM_FRAMES,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=TEXT_LENGTH,
+            latents=latents,
+            output_type="pt",
+        ).frames
+        parts.append(frames.mean(2)[:, None] * 2 - 1)
+    return torch.cat(parts)
+
+
+def make_row(
+    name: str, steps: int | None, guidance: float | None, passes: int, quality: Quality, seconds: float
+) -> Row:
+    """A row with rounded figures."""
+    return Row(
+        name,
+        steps,
+        guidance,
+        passes,
+        round(quality.frechet_cnn, 3),
+        round(quality.frechet_pixel, 3),
+        round(quality.prompt_accuracy, 4),
+        round(seconds, 1),
+    )
+
+
+def check_bar(rows: list[Row]) -> dict[str, Any]:
+    """The student against the two ways that cost as much, and against the teacher that costs much more."""
+    teacher, _, equal_passes, undistilled, student = rows[1:]
+    rivals = (equal_passes, undistilled)
+    cnn = max(student.frechet_cnn / rival.frechet_cnn for rival in rivals)
+    pixel = max(student.frechet_pixel / rival.frechet_pixel for rival in rivals)
+    lost = teacher.prompt_accuracy - student.prompt_accuracy
+    return {
+        "frechet_cnn over equal passes, at most 0.5": round(cnn, 3),
+        "frechet_pixel over equal passes, at most 0.7": round(pixel, 3),
+        "prompt accuracy lost, at most 0.01": round(lost, 4),
+        "at most the many-step teacher's distances": student.frechet_cnn <= teacher.frechet_cnn
+        and student.frechet_pixel <= teacher.frechet_pixel,
+        "met": cnn <= 0.5 and pixel <= 0.7 and lost <= 0.01,
+    }
+
+
+if __name__ == "__main__":
+    main()
