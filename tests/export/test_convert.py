@@ -1,0 +1,83 @@
+import json
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from tiny_models import make_tiny_transformer
+
+from fv_distill.export import convert, load_role_weights
+
+
+@pytest.fixture
+def checkpoint(tiny_wan, tmp_path):
+    """A checkpoint as training writes it: student, critic and EMA, with DDP's prefix on one of them."""
+    directory = tmp_path / "checkpoints" / "step-00000002"
+    directory.mkdir(parents=True)
+    for index in range(3):
+        weights = make_tiny_transformer(seed=10 + index).state_dict()
+        if index == 0:
+            weights = {f"module.{key}": value for key, value in weights.items()}
+        save_file(weights, directory / ("model.safetensors" if index == 0 else f"model_{index}.safetensors"))
+    write_metadata(directory, tiny_wan, sharded=False)
+    return directory
+
+
+def write_metadata(directory, tiny_wan, *, sharded):
+    metadata = {
+        "format": 1,
+        "step": 2,
+        "sharded": sharded,
+        "models": ["student", "critic", "ema"],
+        "few_step": {"sigmas": [1.0, 0.75], "sample_type": "ode", "guidance_scale": 1.0},
+        "latent_shape": [4, 3, 4, 4],
+        "versions": {},
+        "config": {
+            "models": {"student": {"init_from": str(tiny_wan)}, "critic": {"init_from": str(tiny_wan)}},
+            "method": {"_target_": "fv_distill.methods.DMD2Method"},
+            "training": {"data": {"text_length": 8}},
+        },
+    }
+    (directory / "metadata.json").write_text(json.dumps(metadata))
+
+
+def assert_weights(weights, seed):
+    expected = make_tiny_transformer(seed).state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(("name", "seed"), [("student", 10), ("critic", 11), ("ema", 12)])
+def test_replicated_weights_are_found_by_name(checkpoint, name, seed):
+    assert_weights(load_role_weights(checkpoint, name), seed)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_sharded_weights_are_put_together_on_one_process(tmp_path, tiny_wan):
+    state = {"model": make_tiny_transformer(seed=11).state_dict()}
+    dcp.save(state, checkpoint_id=tmp_path / "pytorch_model_fsdp_1", no_dist=True)
+    write_metadata(tmp_path, tiny_wan, sharded=True)
+    assert_weights(load_role_weights(tmp_path, "critic"), 11)
+
+
+@pytest.mark.parametrize(("options", "seed"), [({}, 12), ({"ema": False}, 10), ({"role": "critic"}, 11)])
+def test_convert_takes_the_right_network(checkpoint, tmp_path, options, seed):
+    directory = convert(checkpoint, tmp_path / "out", **options)
+    assert_weights(load_file(directory / "transformer/diffusion_pytorch_model.safetensors"), seed)
+    info = json.loads((directory / "fv_distill.json").read_text())
+    assert info["sigmas"] == (None if "role" in options else [1.0, 0.75])
+    assert info["call"] == {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 8}
+    assert info["averaged"] is (seed == 12)
+
+
+def test_incomplete_checkpoints_are_refused(checkpoint, tmp_path):
+    (checkpoint / "metadata.json").unlink()
+    with pytest.raises(FileNotFoundError, match="never completed"):
+        convert(checkpoint, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        convert(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_unknown_roles_are_listed(checkpoint):
+    with pytest.raises(ValueError, match="it has student, critic, ema"):
+        load_role_weights(checkpoint, "teacher")
