@@ -1,5 +1,6 @@
 """`Callback`, the hooks of a training run, and `CallbackDict`, which builds them from a config and calls them."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,8 @@ class CallbackDict:
         kind = resolve_target(target)
         if not (isinstance(kind, type) and issubclass(kind, Callback)):
             raise TypeError(f"callbacks.{name}: {target} is not a subclass of fv_distill.callbacks.Callback")
-        return instantiate(config)
+        wants_config = "training_config" in inspect.signature(kind).parameters
+        return instantiate(config, **({"training_config": self.training_config} if wants_config else {}))
 
     def __getitem__(self, name: str) -> Callback:
         return self._callbacks[name]
