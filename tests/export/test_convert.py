@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_transformer
 
 from fv_distill.export import convert, load_role_weights
+from fv_distill.export.convert import _call_arguments
 
 
 @pytest.fixture
@@ -66,7 +68,8 @@ def test_convert_takes_the_right_network(checkpoint, tmp_path, options, seed):
     assert_weights(load_file(directory / "transformer/diffusion_pytorch_model.safetensors"), seed)
     info = json.loads((directory / "fv_distill.json").read_text())
     assert info["sigmas"] == (None if "role" in options else [1.0, 0.75])
-    assert info["call"] == {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 8}
+    few_step = {} if "role" in options else {"num_inference_steps": 2, "guidance_scale": 1.0}
+    assert info["call"] == {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 8, **few_step}
     assert info["averaged"] is (seed == 12)
 
 
@@ -78,6 +81,58 @@ def test_incomplete_checkpoints_are_refused(checkpoint, tmp_path):
         convert(tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_unknown_roles_are_listed(checkpoint):
+def test_unknown_roles_are_listed(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="it has student, critic, ema"):
         load_role_weights(checkpoint, "teacher")
+    for role in ("teacher", "ema"):
+        with pytest.raises(ValueError, match=f"no role '{role}'; it has student, critic$"):
+            convert(checkpoint, tmp_path / "out", role=role)
+
+
+def test_without_averaged_weights_the_latest_are_taken_and_it_is_said(checkpoint, tiny_wan, tmp_path, capsys):
+    change_metadata(checkpoint, models=["student", "critic"])
+    directory = convert(checkpoint, tmp_path / "out")
+    assert_weights(load_file(directory / "transformer/diffusion_pytorch_model.safetensors"), 10)
+    assert "no averaged weights" in capsys.readouterr().out
+
+
+def test_a_full_state_dict_of_fsdp_is_read(tmp_path, tiny_wan):
+    write_metadata(tmp_path, tiny_wan, sharded=True)
+    torch.save(make_tiny_transformer(seed=10).state_dict(), tmp_path / "pytorch_model_fsdp.bin")
+    torch.save(make_tiny_transformer(seed=11).state_dict(), tmp_path / "pytorch_model_fsdp_1.bin")
+    assert_weights(load_role_weights(tmp_path, "student"), 10)
+    assert_weights(load_role_weights(tmp_path, "critic"), 11)
+
+
+def test_a_config_tells_where_the_base_model_is_now(checkpoint, tiny_wan, tmp_path):
+    config = json.loads((checkpoint / "metadata.json").read_text())["config"]
+    config["models"]["student"]["init_from"] = "moved/away"
+    change_metadata(checkpoint, config=config)
+    with pytest.raises(FileNotFoundError, match=r"(?s)models\.student: .*moved/away.*give --config"):
+        convert(checkpoint, tmp_path / "out")
+    run = {
+        "models": {
+            "student": {"init_from": str(tiny_wan), "trainable": True},
+            "critic": {"init_from": str(tiny_wan), "trainable": True},
+            "teacher": {"init_from": str(tiny_wan)},
+        },
+        "method": {"_target_": "fv_distill.methods.DMD2Method"},
+        "training": {"output_dir": "out", "data": {"data_path": "rows"}, "loop": {"max_train_steps": 2}},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    directory = convert(checkpoint, tmp_path / "out", config=tmp_path / "run.yaml")
+    assert json.loads((directory / "fv_distill.json").read_text())["base_model"] == str(tiny_wan)
+
+
+def test_without_temporal_folding_the_frames_are_those_of_the_latents(checkpoint, tiny_wan, tmp_path):
+    """The pipeline would make one more of the frame count that other autoencoders ask for."""
+    base = shutil.copytree(tiny_wan, tmp_path / "base")
+    vae = json.loads((base / "vae/config.json").read_text()) | {"scale_factor_temporal": 1}
+    (base / "vae/config.json").write_text(json.dumps(vae))
+    call = _call_arguments(str(base), json.loads((checkpoint / "metadata.json").read_text()))
+    assert call["num_frames"] // 1 * 1 + 1 == 3
+
+
+def change_metadata(directory, **changes):
+    path = directory / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -2,10 +2,12 @@ import json
 import re
 import subprocess
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
 from tiny_models import LATENT_CHANNELS, TEXT_LENGTH, make_tiny_transformer
 
 from fv_distill.export import StudentInfo, export_diffusers_directory
@@ -70,6 +72,7 @@ def test_info_and_card_say_how_to_sample(exported):
     directory, sample_type = exported
     info = json.loads((directory / "fv_distill.json").read_text())
     assert info["sigmas"] == pytest.approx(list(SIGMAS)) and info["sample_type"] == sample_type
+    assert info["call"] == {**CALL, "num_inference_steps": 4, "guidance_scale": 1.0}
     card = (directory / "README.md").read_text()
     assert "num_inference_steps=4" in card and "guidance_scale=1.0" in card
     assert ("global" in card) == (sample_type == "sde")
@@ -87,10 +90,13 @@ def test_dtype_of_the_written_weights(tiny_wan, tmp_path):
     directory = export_diffusers_directory(
         tmp_path / "half", make_tiny_transformer(5).state_dict(), info, dtype=torch.bfloat16
     )
-    from safetensors.torch import load_file
-
     weights = load_file(directory / "transformer/diffusion_pytorch_model.safetensors")
-    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    # What stock diffusers keeps in float32 when it loads in half precision is not rounded on the way.
+    kept = {key for key, value in weights.items() if value.dtype == torch.float32}
+    assert "scale_shift_table" in kept and "blocks.0.norm2.weight" in kept
+    assert {value.dtype for key, value in weights.items() if key not in kept} == {torch.bfloat16}
+    loaded = WanTransformer3DModel.from_pretrained(directory, subfolder="transformer", dtype=torch.bfloat16)
+    assert all(torch.equal(loaded.state_dict()[key], weights[key]) for key in weights)
 
 
 def test_existing_directories_are_kept(tiny_wan, tmp_path):
@@ -99,11 +105,41 @@ def test_existing_directories_are_kept(tiny_wan, tmp_path):
     (tmp_path / "out" / "precious.txt").write_text("keep me")
     with pytest.raises(FileExistsError, match="not empty"):
         export_diffusers_directory(tmp_path / "out", weights, info)
+    with pytest.raises(FileExistsError, match="something else than an export"):
+        export_diffusers_directory(tmp_path / "out", weights, info, overwrite=True)
     assert (tmp_path / "out" / "precious.txt").read_text() == "keep me"
-    export_diffusers_directory(tmp_path / "out", weights, info, overwrite=True)
-    assert (tmp_path / "out" / "model_index.json").is_file()
-    with pytest.raises(ValueError, match="is the base model itself"):
-        export_diffusers_directory(tiny_wan, weights, info, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_older_export_is_replaced_only_with_overwrite(tiny_wan, tmp_path):
+    info, weights = StudentInfo(str(tiny_wan), "m", SIGMAS), make_tiny_transformer(5).state_dict()
+    directory = export_diffusers_directory(tmp_path / "out", make_tiny_transformer(6).state_dict(), info)
+    (directory / "left_over.txt").write_text("of the older export")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        export_diffusers_directory(directory, weights, info)
+    export_diffusers_directory(directory, weights, info, overwrite=True)
+    written = load_file(directory / "transformer/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(written[key], value) for key, value in weights.items())
+    assert not (directory / "left_over.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("place", [".", "student", ".."])
+def test_output_and_base_may_not_lie_in_each_other(tiny_wan, place):
+    info, weights = StudentInfo(str(tiny_wan), "m", SIGMAS), make_tiny_transformer(5).state_dict()
+    with pytest.raises(ValueError, match="lie in each other"):
+        export_diffusers_directory(tiny_wan / place, weights, info, overwrite=True)
+    assert (tiny_wan / "model_index.json").is_file() and not (tiny_wan / "student").exists()
+
+
+def test_a_large_transformer_is_sharded_and_still_loads(tiny_wan, tmp_path, monkeypatch):
+    save = WanTransformer3DModel.save_pretrained
+    monkeypatch.setattr(WanTransformer3DModel, "save_pretrained", partialmethod(save, max_shard_size="40KB"))
+    weights = make_tiny_transformer(5).state_dict()
+    directory = export_diffusers_directory(tmp_path / "out", weights, StudentInfo(str(tiny_wan), "m", SIGMAS))
+    assert (directory / "transformer/diffusion_pytorch_model.safetensors.index.json").is_file()
+    loaded = DiffusionPipeline.from_pretrained(directory).transformer.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in weights.items())
 
 
 def test_weights_that_do_not_fit_leave_nothing_behind(tiny_wan, tmp_path):

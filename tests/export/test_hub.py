@@ -1,10 +1,12 @@
+from typing import ClassVar
+
 import pytest
 
 from fv_distill.export import hub
 
 
 class FakeApi:
-    calls: list = []
+    calls: ClassVar[list] = []
 
     def create_repo(self, repo_id, **kwargs):
         self.calls.append(("create", repo_id, kwargs["private"]))

@@ -21,7 +21,9 @@ def test_evenly_spaced_steps_are_visited_exactly(shift, count, warp, tmp_path):
     scheduler = few_step_scheduler(sigmas)
     assert reached(scheduler, count) == pytest.approx([*sigmas, 0], abs=1e-6)
     scheduler.save_pretrained(tmp_path)
-    assert reached(FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path), count) == pytest.approx([*sigmas, 0], abs=1e-6)
+    assert reached(FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path), count) == pytest.approx(
+        [*sigmas, 0], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("sigmas", [(1.0, 0.3), (1.0, 0.6, 0.5), (1.0, 0.8, 0.2)])

@@ -42,9 +42,14 @@ def load_role_weights(checkpoint: str | Path, name: str) -> dict[str, Tensor]:
     if name not in names:
         raise ValueError(f"checkpoint {checkpoint} holds no {name!r}; it has {', '.join(names)}")
     index = names.index(name)
-    if metadata["sharded"]:
-        return _load_sharded(checkpoint / f"pytorch_model_fsdp_{index}")
-    weights = load_file(checkpoint / ("model.safetensors" if index == 0 else f"model_{index}.safetensors"))
+    suffix = f"_{index}" if index else ""
+    if not metadata["sharded"]:
+        weights = load_file(checkpoint / f"model{suffix}.safetensors")
+    elif (checkpoint / f"pytorch_model_fsdp_{index}").is_dir():
+        weights = _load_sharded(checkpoint / f"pytorch_model_fsdp_{index}")
+    else:
+        # What accelerate writes under fsdp_state_dict_type: FULL_STATE_DICT.
+        weights = torch.load(checkpoint / f"pytorch_model_fsdp{suffix}.bin", map_location="cpu", weights_only=True)
     return {key.removeprefix(_WRAPPER_PREFIX): value for key, value in weights.items()}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fv_distill.config.load import load_run_config
+from fv_distill.console import console
 from fv_distill.models.pretrained import load_component_config, parse_dtype, resolve_directory
 
 from .checkpoint_weights import load_role_weights, read_checkpoint_metadata
@@ -35,25 +36,28 @@ def convert(
     Raises:
         FileNotFoundError: if the checkpoint is incomplete or the base model isn't there.
         FileExistsError: if the output directory isn't empty and `overwrite` is off.
-        ValueError: if the checkpoint has no such role.
+        ValueError: if the checkpoint has no such role, or the weights don't fit the base model.
     """
     metadata = read_checkpoint_metadata(checkpoint)
+    if role == "ema" or role not in metadata["models"]:
+        roles = [name for name in metadata["models"] if name != "ema"]
+        raise ValueError(f"checkpoint {checkpoint} holds no role {role!r}; it has {', '.join(roles)}")
     averaged = ema and role == "student" and "ema" in metadata["models"]
-    weights = load_role_weights(checkpoint, "ema" if averaged else role)
-    models = metadata["config"]["models"]
-    if config is not None:
-        models = load_run_config(config).model_dump(mode="json", by_alias=True)["models"]
+    if ema and role == "student" and not averaged:
+        console.print("the checkpoint has no averaged weights; exporting the latest ones", highlight=False)
+    base_model = _base_model(metadata, config, role)
     few_step = metadata["few_step"] if role == "student" else None
     info = StudentInfo(
-        base_model=models[role]["init_from"],
+        base_model=base_model,
         method=metadata["config"]["method"]["_target_"],
         sigmas=None if few_step is None else tuple(few_step["sigmas"]),
         sample_type="ode" if few_step is None else few_step["sample_type"],
         step=metadata["step"],
         averaged=averaged,
-        call=_call_arguments(models[role]["init_from"], metadata),
+        call=_call_arguments(base_model, metadata),
         versions=metadata["versions"],
     )
+    weights = load_role_weights(checkpoint, "ema" if averaged else role)
     return export_diffusers_directory(
         output_dir, weights, info, dtype=None if dtype is None else parse_dtype(dtype), overwrite=overwrite
     )
@@ -62,6 +66,24 @@ def convert(
 def read_student_info(directory: str | Path) -> dict[str, Any]:
     """What an export says about itself in `fv_distill.json`."""
     return json.loads((Path(directory) / "fv_distill.json").read_text())
+
+
+def _base_model(metadata: dict[str, Any], config: str | Path | None, role: str) -> str:
+    """The directory or Hub id that the role was initialised from, checked to exist."""
+    models = metadata["config"]["models"]
+    if config is not None:
+        models = load_run_config(config, check_signatures=False).model_dump(mode="json")["models"]
+        if role not in models:
+            raise ValueError(f"models.{role} is missing from {config}; it has {', '.join(models)}")
+    base_model = models[role]["init_from"]
+    try:
+        resolve_directory(base_model)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"models.{role}: {error}. Run from where the training was started, or give --config with the model's "
+            "present place"
+        ) from error
+    return base_model
 
 
 def _call_arguments(base_model: str, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class StudentInfo:
 
     @property
     def pipeline_call(self) -> dict[str, Any]:
-        """All arguments of the pipeline's call beside the prompt: a few-step student has its step count and no guidance."""
+        """All arguments of the pipeline's call but the prompt; few-step students have a step count and no guidance."""
         few_step = {} if self.sigmas is None else {"num_inference_steps": len(self.sigmas), "guidance_scale": 1.0}
         return {**self.call, **few_step}
 
@@ -70,7 +70,7 @@ def export_diffusers_directory(
         overwrite: replace an existing directory.
 
     Raises:
-        FileExistsError: if the directory exists and isn't empty, and `overwrite` is off or it is no diffusers directory.
+        FileExistsError: if the directory isn't empty, and `overwrite` is off or it is no diffusers directory.
         ValueError: if the weights don't fit the base transformer, no stock scheduler visits the sigmas, or the output
             and the base directory lie in each other.
     """
@@ -111,7 +111,7 @@ def _check_output(output_dir: Path, base: Path, *, overwrite: bool) -> None:
 
 
 def _replace(output_dir: Path, partial: Path) -> None:
-    """Put the complete directory under its name; the old one is removed last, so that one of the two is always whole."""
+    """Put the complete directory under its name; the old one goes last, so that one of the two is always whole."""
     if not output_dir.exists():
         partial.rename(output_dir)
         return

@@ -10,7 +10,7 @@ _CARD = """\
 ---
 library_name: diffusers
 pipeline_tag: text-to-video
-tags: [diffusers, text-to-video, distillation, fv_distill]
+{hub_base}tags: [diffusers, text-to-video, distillation, fv_distill]
 ---
 
 # {name}
@@ -45,6 +45,8 @@ def write_model_card(path: Path, info: "StudentInfo", *, name: str) -> None:
         _CARD.format(
             name=name,
             summary=summary,
+            # The Hub links a card to its base model by id; a directory is no id.
+            hub_base="" if Path(info.base_model).is_dir() else f"base_model: {info.base_model}\n",
             base_model=info.base_model,
             method=info.method,
             step=info.step,
@@ -66,7 +68,8 @@ def sampling_snippet(info: "StudentInfo", *, name: str) -> str:
             "from diffusers import DiffusionPipeline",
             "from diffusers.utils import export_to_gif",
             "",
-            f'pipe = DiffusionPipeline.from_pretrained("{name}")',
+            'device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)',
+            f'pipe = DiffusionPipeline.from_pretrained("{name}", dtype=dtype).to(device)',
             "torch.manual_seed(0)",
             "result = pipe(",
             *lines,
