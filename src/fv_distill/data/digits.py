@@ -1,9 +1,9 @@
-"""The embedded data set: short clips of real handwritten digits that cross the picture, captioned in words.
+"""The embedded data set: short clips of real handwritten digits that move, captioned in words.
 
 The images are scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" test set (Alpaydin & Kaynak
-1998, CC BY 4.0): 1,797 grey 8 x 8 scans. A caption fixes the digit and its direction; the handwriting, where it enters
-and how it drifts and bounces sideways on its way are left open, so that a caption has many right answers and a sampler
-with too few steps shows their blurred average.
+1998, CC BY 4.0): 1,797 grey 8 x 8 scans. A caption fixes the digit and its direction; the hand, the lane, the speed and
+the start are left open, so that a caption has many right answers and a sampler with too few steps shows their blurred
+average.
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,14 @@ TEXT_LENGTH = 8
 """Tokens that hold every caption with its end mark."""
 
 FPS = 4
-SPEED = 2
-"""Pixels a frame along the captioned direction: five frames take a digit from one wall to the other."""
-
 LANES = (0, 2, 4, 6, 8)
-DRIFTS = (-2, 0, 2)
-"""Pixels a frame across it, with a bounce at the walls."""
+"""Places across the captioned direction."""
+
+SPEEDS = (1, 2)
+"""Pixels a frame along it."""
+
+START_STEP = 2
+"""Digits set off at multiples of this many pixels, as long as five frames keep them on the canvas."""
 
 _TRAVEL = CANVAS - DIGIT_SIZE
 
@@ -65,22 +67,21 @@ def digit_images(split: str) -> tuple[Tensor, Tensor]:
 
 
 def sample_clips(split: str, count: int, generator: torch.Generator) -> DigitClips:
-    """Draw `count` clips with all that their captions leave open: image, lane and drift."""
+    """Draw `count` clips with all that their captions leave open: image, lane, speed and start."""
     images, digits = digit_images(split)
     chosen = torch.randint(len(images), (count,), generator=generator)
     direction = torch.randint(len(DIRECTIONS), (count,), generator=generator)
     lane = torch.tensor(LANES)[torch.randint(len(LANES), (count,), generator=generator)]
-    drift = torch.tensor(DRIFTS)[torch.randint(len(DRIFTS), (count,), generator=generator)]
-    # From wall to wall in both axes would be "right" as much as "down": a digit that enters along a wall stays on it.
-    drift = torch.where((lane == 0) | (lane == _TRAVEL), 0, drift)
-    time = torch.arange(NUM_FRAMES)
-    along = torch.where((direction % 2 == 1)[:, None], SPEED * time, _TRAVEL - SPEED * time)
-    across = _bounce(lane[:, None] + drift[:, None] * time)
-    horizontal = direction < 2
-    clips = torch.full((count, NUM_FRAMES, CANVAS, CANVAS), -1.0)
-    rows = torch.where(horizontal[:, None], across, along)
-    columns = torch.where(horizontal[:, None], along, across)
+    speed = torch.tensor(SPEEDS)[torch.randint(len(SPEEDS), (count,), generator=generator)]
+    places = (_TRAVEL - speed * (NUM_FRAMES - 1)) // START_STEP + 1
+    start = (torch.rand(count, generator=generator) * places).long() * START_STEP
+    gone = start[:, None] + speed[:, None] * torch.arange(NUM_FRAMES)
+    along = torch.where((direction % 2 == 1)[:, None], gone, _TRAVEL - gone)
+    across = lane[:, None].expand_as(along)
+    is_horizontal = (direction < 2)[:, None]
+    rows, columns = torch.where(is_horizontal, across, along), torch.where(is_horizontal, along, across)
     square = torch.arange(DIGIT_SIZE)
+    clips = torch.full((count, NUM_FRAMES, CANVAS, CANVAS), -1.0)
     for frame in range(NUM_FRAMES):
         row = (rows[:, frame, None] + square)[:, :, None]
         column = (columns[:, frame, None] + square)[:, None, :]
@@ -101,9 +102,3 @@ def from_latents(latents: Tensor) -> Tensor:
     count, _, frames, height, width = latents.shape
     unfolded = latents.reshape(count, PATCH, PATCH, frames, height, width).permute(0, 3, 4, 2, 5, 1)
     return unfolded.reshape(count, 1, frames, height * PATCH, width * PATCH)
-
-
-def _bounce(position: Tensor) -> Tensor:
-    """Reflect positions at the walls 0 and `_TRAVEL`."""
-    phase = position % (2 * _TRAVEL)
-    return torch.where(phase <= _TRAVEL, phase, 2 * _TRAVEL - phase)
