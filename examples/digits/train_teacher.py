@@ -27,7 +27,7 @@ EMA_DECAY = 0.998
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("teacher"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--clips", type=int, default=30000, help="size of the training set that batches are drawn from")
     parser.add_argument("--seed", type=int, default=0)
@@ -98,9 +98,9 @@ def build_optimizers(transformer: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate_scale(step: int, steps: int) -> float:
-    """100 steps of warm-up, a plateau for 30% of the run, then half a cosine down to 3%."""
+    """100 steps of warm-up, a plateau for 15% of the run, then half a cosine down to 2%."""
     progress = step / steps
-    decay = 1.0 if progress < 0.3 else 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * (progress - 0.3) / 0.7))
+    decay = 1.0 if progress < 0.15 else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - 0.15) / 0.85))
     return min(1.0, (step + 1) / 100) * decay
 
 
