@@ -4,11 +4,12 @@ import shutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_transformer
 
 from fv_distill.export import convert, load_role_weights
-from fv_distill.export.convert import _call_arguments
+from fv_distill.export.call_arguments import training_call_arguments
 
 
 @pytest.fixture
@@ -124,13 +125,18 @@ def test_a_config_tells_where_the_base_model_is_now(checkpoint, tiny_wan, tmp_pa
     assert json.loads((directory / "fv_distill.json").read_text())["base_model"] == str(tiny_wan)
 
 
-def test_without_temporal_folding_the_frames_are_those_of_the_latents(checkpoint, tiny_wan, tmp_path):
-    """The pipeline would make one more of the frame count that other autoencoders ask for."""
+def test_without_temporal_folding_the_pipeline_still_makes_the_trained_frames(tiny_wan, tmp_path):
+    """The digits' autoencoder folds no frames; the frame count that others ask for would give one frame too many."""
     base = shutil.copytree(tiny_wan, tmp_path / "base")
-    vae = json.loads((base / "vae/config.json").read_text()) | {"scale_factor_temporal": 1}
-    (base / "vae/config.json").write_text(json.dumps(vae))
-    call = _call_arguments(str(base), json.loads((checkpoint / "metadata.json").read_text()))
-    assert call["num_frames"] // 1 * 1 + 1 == 3
+    config = json.loads((base / "vae/config.json").read_text())
+    config |= {"temperal_downsample": [False, False, False], "scale_factor_temporal": 1}
+    for factor, directory in ((4, tiny_wan), (1, base)):
+        if factor == 1:
+            AutoencoderKLWan.from_config(config).save_pretrained(base / "vae")
+        call = training_call_arguments(directory, (4, 3, 4, 4), text_length=8)
+        pipeline = WanPipeline.from_pretrained(directory)
+        latents = pipeline("a", num_inference_steps=1, guidance_scale=1.0, output_type="latent", **call).frames
+        assert pipeline.vae_scale_factor_temporal == factor and latents.shape == (1, 4, 3, 4, 4)
 
 
 def change_metadata(directory, **changes):

@@ -1,6 +1,8 @@
 """Videos of the student during training, made by a diffusers pipeline."""
 
+import inspect
 import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,46 +11,59 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 
 from fv_distill.config.instantiate import resolve_target
+from fv_distill.config.validation import unknown_key
 from fv_distill.console import console
+from fv_distill.export.call_arguments import training_call_arguments
 from fv_distill.export.scheduler import few_step_scheduler
-from fv_distill.rng import derive_seed
-from fv_distill.training.sharding import unwrap
+from fv_distill.rng import derive_seed, generator_for
+from fv_distill.training.sharding import reshard, unwrap
 
 from .base import Callback
 from .ema import EMACallback
-from .video_files import best_suffix, contact_sheet, encode_gif, write_video
+from .tracker_videos import TRACKERS_WITH_VIDEOS, log_videos
+from .video_files import best_suffix, contact_sheet, preview, write_video
 
 if TYPE_CHECKING:
     from fv_distill.training.trainer import Trainer
 
-# Contact sheets show this many clips; all of them are written as files.
+# Contact sheets show this many clips, this many frames of each; all clips are written as files.
 _SHEET_ROWS = 16
+_SHEET_FRAMES = 8
+# Trackers get the first clips side by side, with at most this many frames.
+_LOGGED_CLIPS = 4
+_LOGGED_FRAMES = 48
+
+Clip = tuple[int, np.ndarray]
+"""Index of the prompt, uint8 frames `[F, H, W, 3]`."""
 
 
 class ValidationCallback(Callback):
     """Every `every_steps` steps, and at the end, generate a clip for each prompt with the averaged weights, if any.
 
-    Prompts are shared out over the processes. Training is not touched: the noise comes from a generator of its own, and
-    torch's global one is put back.
+    Prompts are shared out over the processes. Training is not touched: each clip's noise depends on `seed` and the
+    prompt's position alone, and the global generators are put back. The pipeline is loaded for it and freed after it.
 
     Args:
+        dataset_file: prompts, one a line (.txt), or strings or rows with `caption` or `prompt` (.json, .jsonl).
         pipeline_target: a pipeline class with `from_pretrained` and a call.
-        dataset_file: prompts, one a line (.txt), or rows with `caption` or `prompt` (.json, .jsonl).
         every_steps: how often.
         sampling_steps: step counts to sample with, for many-step models.
         guidance_scale: the pipeline's; None is 1 for a few-step student and the pipeline's own default otherwise.
-        num_frames: of the clips; None is the pipeline's default.
+        num_frames: of the clips; None makes clips as long as the training's.
         output_dir: where files go; None is `validation` in the run's directory.
         sampling_timesteps: timesteps falling from 1000 that a few-step model visits; None takes the method's own.
         fps: of the written videos.
         seed: of the noise, the same at every validation.
-        pipeline_kwargs: further arguments of the pipeline's call: height, width, max_sequence_length, ...
+        pipeline_kwargs: further arguments of the pipeline's call. `height`, `width`, `max_sequence_length` and
+            `negative_prompt` are the training's where they are not given.
 
     Raises:
         FileNotFoundError: if there is no such prompt file.
-        ValueError: for a file without prompts, or timesteps that no stock scheduler visits.
+        ValueError: for a file without prompts, an argument that the pipeline doesn't take, or timesteps that no stock
+            scheduler visits.
     """
 
     def __init__(
@@ -67,28 +82,38 @@ class ValidationCallback(Callback):
     ) -> None:
         if every_steps < 1:
             raise ValueError(f"callbacks.validation.every_steps={every_steps} must be at least 1")
+        if not sampling_steps or min(sampling_steps) < 1:
+            raise ValueError(f"callbacks.validation.sampling_steps={list(sampling_steps)} must list counts from 1 up")
         self.prompts = read_prompts(Path(dataset_file))
         self.pipeline_class = resolve_target(pipeline_target)
+        self._accepted = _accepted_arguments(self.pipeline_class, pipeline_target, pipeline_kwargs)
         self.every_steps = every_steps
         self.sampling_steps = tuple(sampling_steps)
-        self.guidance_scale = guidance_scale
-        self.num_frames = num_frames
+        given = {"guidance_scale": guidance_scale, "num_frames": num_frames}
+        self.call = pipeline_kwargs | {key: value for key, value in given.items() if value is not None}
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.sigmas = None if sampling_timesteps is None else tuple(t / 1000 for t in sampling_timesteps)
         self.fps = fps
         self.seed = seed
-        self.pipeline_kwargs = pipeline_kwargs
 
     def on_train_start(self, trainer: "Trainer") -> None:
-        """Say where videos go, and fail now if the student's steps can't be sampled."""
+        """Complete the pipeline's arguments, say where videos go, and fail now if the student can't be sampled."""
         if self.sigmas is None:
             self.sigmas = trainer.method.few_step_sigmas
         if self.sigmas is not None:
             few_step_scheduler(self.sigmas, sample_type=trainer.method.sample_type)
         if self.output_dir is None:
             self.output_dir = Path(trainer.config.training.output_dir) / "validation"
+        self.call = {key: value for key, value in self._defaults(trainer).items() if self._takes(key)} | self.call
         if trainer.accelerator.is_main_process and best_suffix() == ".gif":
             console.print("validation writes .gif files; for .mp4 install fv_distill[video]", highlight=False)
+        without = set(trainer.config.training.tracker.trackers) - TRACKERS_WITH_VIDEOS
+        if trainer.accelerator.is_main_process and without:
+            console.print(
+                f"validation videos are logged to {' and '.join(sorted(TRACKERS_WITH_VIDEOS))}, not to "
+                f"{', '.join(sorted(without))}; all are in {self.output_dir}",
+                highlight=False,
+            )
 
     def on_training_step_end(self, trainer: "Trainer", metrics: Mapping[str, float]) -> None:
         """Validate when it is due."""
@@ -98,63 +123,82 @@ class ValidationCallback(Callback):
     def validate(self, trainer: "Trainer") -> None:
         """Generate, write and log a clip per prompt for each step count."""
         trainer.callbacks.call("on_validation_begin", trainer)
-        student = trainer.models["student"]
-        was_training = student.transformer.training
-        student.transformer.eval()
-        with self._averaged(trainer), _global_generator_kept(trainer.accelerator.device), torch.no_grad():
-            pipeline = self._build_pipeline(trainer)
-            for steps in self.sampling_steps if self.sigmas is None else (len(self.sigmas),):
-                self._write(trainer, self._generate(trainer, pipeline, steps), steps)
-        student.transformer.train(was_training)
+        network = trainer.models["student"].transformer
+        was_training = network.training
+        network.eval()
+        try:
+            with self._averaged(trainer), _global_generators_kept(trainer.accelerator.device), torch.no_grad():
+                pipeline = self._build_pipeline(trainer)
+                for steps in self.sampling_steps if self.sigmas is None else (len(self.sigmas),):
+                    self._write(trainer, self._generate(trainer, pipeline, steps), steps)
+        finally:
+            network.train(was_training)
+            # A forward without gradients leaves FSDP2's root gathered, and a checkpoint must not be made of that.
+            reshard(network)
         trainer.callbacks.call("on_validation_end", trainer)
 
+    def _defaults(self, trainer: "Trainer") -> dict[str, Any]:
+        student, data = trainer.models["student"], trainer.config.training.data
+        training = training_call_arguments(student.directory, trainer.latent_shape, text_length=data.text_length)
+        few_step = {} if self.sigmas is None else {"guidance_scale": 1.0}
+        return {**training, **few_step, "negative_prompt": student.negative_prompt}
+
+    def _takes(self, key: str) -> bool:
+        return self._accepted is None or key in self._accepted
+
     def _build_pipeline(self, trainer: "Trainer") -> Any:
-        student = trainer.models["student"]
-        pipeline = self.pipeline_class.from_pretrained(student.directory, transformer=None)
+        student, device = trainer.models["student"], trainer.accelerator.device
+        # A text encoder is often larger than the network and shares the device with the training.
+        half = {"dtype": {"default": torch.bfloat16, "vae": torch.float32}}
+        dtypes = half if trainer.accelerator.mixed_precision == "bf16" else {}
+        pipeline = self.pipeline_class.from_pretrained(student.directory, transformer=None, **dtypes)
         if self.sigmas is not None:
             pipeline.scheduler = few_step_scheduler(self.sigmas, sample_type=trainer.method.sample_type)
-        for part in ("vae", "text_encoder"):
-            getattr(pipeline, part).to(trainer.accelerator.device)
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.to(device)
         # Registered last: the pipeline must neither move nor cast the network that is being trained.
         pipeline.register_modules(transformer=unwrap(student.transformer))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _generate(self, trainer: "Trainer", pipeline: Any, steps: int) -> list[tuple[int, np.ndarray]]:
-        """This process's share: (prompt index, uint8 frames `[F, H, W, 3]`)."""
+    def _generate(self, trainer: "Trainer", pipeline: Any, steps: int) -> list[Clip]:
+        """This process's share of the clips."""
         count, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-        guidance = self.guidance_scale if self.guidance_scale is not None else (1.0 if self.sigmas else None)
-        optional = {"guidance_scale": guidance, "num_frames": self.num_frames}
-        call = {key: value for key, value in optional.items() if value is not None} | self.pipeline_kwargs
         clips = []
         # A sharded network has to be called equally often everywhere: short shares repeat a prompt and drop the clip.
         for start in range(0, len(self.prompts), count):
             index = min(start + rank, len(self.prompts) - 1)
-            seed = derive_seed(self.seed, "validation", index)
-            torch.manual_seed(seed)
+            # Schedulers that noise afresh draw from the global generator. Seeded like the start's own generator it
+            # would give the same noise again.
+            torch.manual_seed(derive_seed(self.seed, "validation/fresh_noise", index))
             result = pipeline(
                 self.prompts[index],
                 num_inference_steps=steps,
-                generator=torch.Generator().manual_seed(seed),
+                generator=generator_for(self.seed, "validation/start", index),
                 output_type="np",
-                **call,
+                **self.call,
             )
             if start + rank < len(self.prompts):
-                clips.append((index, (np.clip(result.frames[0], 0, 1) * 255).round().astype(np.uint8)))
+                frames = np.clip(np.nan_to_num(result.frames[0]), 0, 1)
+                clips.append((index, (frames * 255).round().astype(np.uint8)))
         return clips
 
-    def _write(self, trainer: "Trainer", clips: list[tuple[int, np.ndarray]], steps: int) -> None:
+    def _write(self, trainer: "Trainer", clips: list[Clip], steps: int) -> None:
         assert self.output_dir is not None
         folder = self.output_dir / f"step-{trainer.step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         for index, frames in clips:
             write_video(folder / f"{index:03d}_{steps}-steps{best_suffix()}", frames, fps=self.fps)
-        shown = sorted(gather_object([clip for clip in clips if clip[0] < _SHEET_ROWS]), key=lambda clip: clip[0])
+        shown = [(index, preview(frames, max_frames=_LOGGED_FRAMES)) for index, frames in clips if index < _SHEET_ROWS]
+        # Every process has its own share, and only previews are small enough to send whole.
+        shown = sorted(gather_object(shown), key=lambda clip: clip[0])
         if trainer.accelerator.is_main_process:
-            videos = [frames for _, frames in shown]
-            sheet = contact_sheet(videos, [self.prompts[index] for index, _ in shown])
+            rows = [preview(frames, max_frames=_SHEET_FRAMES) for _, frames in shown]
+            sheet = contact_sheet(rows, [self.prompts[index] for index, _ in shown])
             sheet.save(folder / f"contact_sheet_{steps}-steps.png")
-            _log_to_trackers(trainer, videos, np.asarray(sheet), steps, fps=self.fps)
+            strip = np.concatenate([frames for _, frames in shown[:_LOGGED_CLIPS]], axis=2)
+            log_videos(trainer, strip, np.asarray(sheet), suffix=f"{steps}_steps", fps=self.fps)
 
     @contextmanager
     def _averaged(self, trainer: "Trainer") -> Iterator[None]:
@@ -171,53 +215,64 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for another kind of file, or one without prompts.
+        ValueError: for another kind of file, a row without a caption, or a file without prompts.
     """
+    where = f"callbacks.validation.dataset_file={str(path)!r}"
     if not path.is_file():
-        raise FileNotFoundError(f"callbacks.validation.dataset_file={str(path)!r}: no such file")
-    text = path.read_text()
-    if path.suffix == ".txt":
-        prompts = [line.strip() for line in text.splitlines()]
-    elif path.suffix in (".json", ".jsonl"):
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
-        rows = rows["data"] if isinstance(rows, dict) and "data" in rows else rows
-        prompts = [row if isinstance(row, str) else row.get("caption", row.get("prompt", "")) for row in rows]
-    else:
-        raise ValueError(f"callbacks.validation.dataset_file={str(path)!r} must be a .txt, .json or .jsonl file")
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise ValueError(f"callbacks.validation.dataset_file={str(path)!r} holds no prompts")
-    return prompts
+        raise FileNotFoundError(f"{where}: no such file")
+    if path.suffix not in (".txt", ".json", ".jsonl"):
+        raise ValueError(f"{where} must be a .txt, .json or .jsonl file")
+    text = path.read_text(encoding="utf-8")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        if path.suffix == ".json":
+            rows = json.loads(text)
+            rows = rows["data"] if isinstance(rows, dict) and "data" in rows else rows
+        else:
+            rows = lines if path.suffix == ".txt" else [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is no valid JSON: {error}") from error
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{where} holds no prompts; write one a line, or a JSON list")
+    return [_prompt(row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _prompt(row: Any, where: str) -> str:
+    prompt = (row.get("caption") or row.get("prompt")) if isinstance(row, dict) else row
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{where}: expected a text, or a mapping with a `caption` or a `prompt`, not {row!r:.80}")
+    return prompt
+
+
+def _accepted_arguments(pipeline_class: Any, target: str, given: Mapping[str, Any]) -> set[str] | None:
+    """The names that the pipeline's call takes, or None if it takes any.
+
+    Raises:
+        ValueError: if one of `given` isn't among them.
+    """
+    if not hasattr(pipeline_class, "from_pretrained") or not inspect.isfunction(pipeline_class.__call__):
+        raise ValueError(
+            f"callbacks.validation.pipeline_target={target!r} has no from_pretrained or no call of its own; name the "
+            "concrete pipeline, for instance diffusers.WanPipeline"
+        )
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    own = set(inspect.signature(ValidationCallback).parameters) - {"pipeline_kwargs"}
+    for key in given:
+        if key not in parameters:
+            raise ValueError(unknown_key(f"callbacks.validation.{key}", sorted(own | set(parameters) - {"self"})))
+    return set(parameters)
 
 
 @contextmanager
-def _global_generator_kept(device: torch.device) -> Iterator[None]:
-    """Re-noising schedulers draw from torch's global generator; put it back afterwards."""
+def _global_generators_kept(device: torch.device) -> Iterator[None]:
+    """Put the global generators of torch, numpy and Python back, from which pipelines may draw."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        yield
-
-
-def _log_to_trackers(
-    trainer: "Trainer", videos: Sequence[np.ndarray], sheet: np.ndarray, steps: int, *, fps: float
-) -> None:
-    """Clips side by side as one video, and the sheet: accelerate's own `log` knows neither."""
-    strip = np.concatenate(list(videos[:4]), axis=2)
-    for tracker in trainer.accelerator.trackers:
-        if tracker.name == "tensorboard":
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
-            # A GIF in an image summary plays in the browser; the writer's add_video would need moviepy.
-            image = Summary.Image(height=strip.shape[1], width=strip.shape[2], colorspace=3)
-            image.encoded_image_string = encode_gif(strip, fps=fps)
-            summary = Summary(value=[Summary.Value(tag=f"validation/video_{steps}_steps", image=image)])
-            tracker.writer.file_writer.add_summary(summary, trainer.step)
-            tracker.writer.add_image(f"validation/sheet_{steps}_steps", sheet, trainer.step, dataformats="HWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            video = wandb.Video(strip.transpose(0, 3, 1, 2), fps=round(fps))
-            tracker.log(
-                {f"validation/video_{steps}_steps": video, f"validation/sheet_{steps}_steps": wandb.Image(sheet)},
-                step=trainer.step,
-            )
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -12,7 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 _SMALLEST_SIDE = 64
 _MARGIN = 4
-_CAPTION_HEIGHT = 16
+_FONT_SIZE = 14
+_LINE_HEIGHT = 18
+_MAX_CAPTION_LINES = 3
+# Narrower sheets would break every caption after two words.
+_SMALLEST_SHEET_WIDTH = 360
 
 
 def best_suffix() -> str:
@@ -43,7 +47,7 @@ def write_video(path: str | Path, frames: np.ndarray, *, fps: float) -> None:
 
 
 def encode_gif(frames: np.ndarray, *, fps: float) -> bytes:
-    """An endless animated GIF of uint8 frames `[F, H, W, 3]`."""
+    """An endless animated GIF of uint8 frames `[F, H, W, 3]`; tiny ones are enlarged."""
     images = [Image.fromarray(frame) for frame in enlarge(frames)]
     buffer = io.BytesIO()
     duration = round(1000 / fps)
@@ -52,27 +56,75 @@ def encode_gif(frames: np.ndarray, *, fps: float) -> bytes:
 
 
 def enlarge(frames: np.ndarray) -> np.ndarray:
-    """Repeat the pixels of small clips until the shorter side has 64."""
+    """Repeat the pixels of small clips `[F, H, W, 3]` until the shorter side has 64."""
     factor = -(-_SMALLEST_SIDE // min(frames.shape[1:3]))
     return frames.repeat(factor, axis=1).repeat(factor, axis=2) if factor > 1 else frames
 
 
+def preview(frames: np.ndarray, *, max_frames: int, max_side: int = 192) -> np.ndarray:
+    """A clip small enough to send between processes and to log: evenly spaced frames, the first and last among them.
+
+    Args:
+        frames: uint8 `[F, H, W, 3]`.
+        max_frames: how many to keep at most.
+        max_side: longer sides are scaled down to it.
+    """
+    count = min(max_frames, len(frames))
+    frames = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    height, width = frames.shape[1:3]
+    scale = max_side / max(height, width)
+    if scale >= 1:
+        return frames
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames])
+
+
 def contact_sheet(videos: Sequence[np.ndarray], captions: Sequence[str]) -> Image.Image:
-    """One row of frames per clip under its caption; clips are uint8 `[F, H, W, 3]` of one size."""
+    """One row of frames per clip under its caption, which is wrapped and cut after three lines.
+
+    Args:
+        videos: uint8 `[F, H, W, 3]`, all of one size, few frames each (see `preview`).
+        captions: one per clip.
+    """
     videos = [enlarge(video) for video in videos]
     num_frames, height, width = videos[0].shape[:3]
-    font = ImageFont.load_default()
-    row_height = _CAPTION_HEIGHT + height + _MARGIN
-    text_width = max(int(font.getlength(caption)) for caption in captions)
-    sheet_width = max(num_frames * (width + _MARGIN), text_width) + _MARGIN
-    sheet = Image.new("RGB", (sheet_width, len(videos) * row_height + _MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (video, caption) in enumerate(zip(videos, captions, strict=True)):
-        top = _MARGIN + row * row_height
-        draw.text((_MARGIN, top), caption, fill="black", font=font)
+    sheet_width = max(num_frames * (width + _MARGIN) + _MARGIN, _SMALLEST_SHEET_WIDTH)
+    font = ImageFont.load_default(_FONT_SIZE)
+    texts = [_wrap(caption, font, sheet_width - 2 * _MARGIN) for caption in captions]
+    row_heights = [len(lines) * _LINE_HEIGHT + height + 2 * _MARGIN for lines in texts]
+    sheet = Image.new("RGB", (sheet_width, sum(row_heights) + _MARGIN), "white")
+    draw, top = ImageDraw.Draw(sheet), _MARGIN
+    for video, lines, row_height in zip(videos, texts, row_heights, strict=True):
+        for position, line in enumerate(lines):
+            draw.text((_MARGIN, top + position * _LINE_HEIGHT), line, fill="black", font=font)
         for column, frame in enumerate(video):
-            sheet.paste(Image.fromarray(frame), (_MARGIN + column * (width + _MARGIN), top + _CAPTION_HEIGHT))
+            place = (_MARGIN + column * (width + _MARGIN), top + len(lines) * _LINE_HEIGHT)
+            sheet.paste(Image.fromarray(frame), place)
+        top += row_height
     return sheet
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
+    """Lines of whole words that fit `width` pixels; a word too long for a line is cut off."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > _MAX_CAPTION_LINES:
+        lines = [*lines[: _MAX_CAPTION_LINES - 1], f"{lines[_MAX_CAPTION_LINES - 1]} ..."]
+    return [_cut(line, font, width) for line in lines]
+
+
+def _cut(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    if font.getlength(line) <= width:
+        return line
+    line = line.removesuffix(" ...")
+    while line and font.getlength(f"{line}...") > width:
+        line = line[:-1]
+    return f"{line}..."
 
 
 def _write_mp4(path: Path, frames: np.ndarray, *, fps: float) -> None:

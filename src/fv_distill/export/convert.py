@@ -6,8 +6,9 @@ from typing import Any
 
 from fv_distill.config.load import load_run_config
 from fv_distill.console import console
-from fv_distill.models.pretrained import load_component_config, parse_dtype, resolve_directory
+from fv_distill.models.pretrained import parse_dtype, resolve_directory
 
+from .call_arguments import training_call_arguments
 from .checkpoint_weights import load_role_weights, read_checkpoint_metadata
 from .diffusers_dir import StudentInfo, export_diffusers_directory
 
@@ -54,7 +55,11 @@ def convert(
         sample_type="ode" if few_step is None else few_step["sample_type"],
         step=metadata["step"],
         averaged=averaged,
-        call=_call_arguments(base_model, metadata),
+        call=training_call_arguments(
+            resolve_directory(base_model),
+            metadata["latent_shape"],
+            text_length=metadata["config"]["training"]["data"]["text_length"],
+        ),
         versions=metadata["versions"],
     )
     weights = load_role_weights(checkpoint, "ema" if averaged else role)
@@ -84,17 +89,3 @@ def _base_model(metadata: dict[str, Any], config: str | Path | None, role: str) 
             "present place"
         ) from error
     return base_model
-
-
-def _call_arguments(base_model: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Size, frames and text length of the clips that the student was trained on, as the pipeline's arguments."""
-    vae = load_component_config(resolve_directory(base_model), "vae")
-    _, frames, height, width = metadata["latent_shape"]
-    factor = vae["scale_factor_temporal"]
-    return {
-        "height": height * vae["scale_factor_spatial"],
-        "width": width * vae["scale_factor_spatial"],
-        # The pipeline rounds to 4k + 1 by rounding down and adding 1, which without temporal folding is one too many.
-        "num_frames": (frames - 1) * factor + (1 if factor > 1 else 0),
-        "max_sequence_length": metadata["config"]["training"]["data"]["text_length"],
-    }
