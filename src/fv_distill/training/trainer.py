@@ -109,11 +109,11 @@ class Trainer:
         rate = role.set_learning_rate()
         self.callbacks.call("on_before_optimizer_step", self, role_name, sums)
         metrics = self._mean_over_processes(sums)
+        role.updates += 1
         if all(math.isfinite(value) for value in metrics.values()):
             role.optimizer.step()
+            self.callbacks.call("on_after_optimizer_step", self, role_name)
         role.optimizer.zero_grad(set_to_none=True)
-        role.updates += 1
-        self.callbacks.call("on_after_optimizer_step", self, role_name)
         return metrics | {f"lr/{role_name}": rate}
 
     def _batches(self) -> Iterator[list[dict[str, Any]]]:
