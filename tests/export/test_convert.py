@@ -39,6 +39,7 @@ def write_metadata(directory, tiny_wan, *, sharded):
             "models": {"student": {"init_from": str(tiny_wan)}, "critic": {"init_from": str(tiny_wan)}},
             "method": {"_target_": "fv_distill.methods.DMD2Method"},
             "training": {"data": {"text_length": 8}},
+            "pipeline": {"push_to_hub": False, "hub_model_id": "me/student"},
         },
     }
     (directory / "metadata.json").write_text(json.dumps(metadata))
@@ -55,12 +56,13 @@ def test_replicated_weights_are_found_by_name(checkpoint, name, seed):
     assert_weights(load_role_weights(checkpoint, name), seed)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_sharded_weights_are_put_together_on_one_process(tmp_path, tiny_wan):
+def test_sharded_weights_are_put_together_on_one_process(tmp_path, tiny_wan, recwarn):
     state = {"model": make_tiny_transformer(seed=11).state_dict()}
     dcp.save(state, checkpoint_id=tmp_path / "pytorch_model_fsdp_1", no_dist=True)
     write_metadata(tmp_path, tiny_wan, sharded=True)
+    recwarn.clear()
     assert_weights(load_role_weights(tmp_path, "critic"), 11)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(("options", "seed"), [({}, 12), ({"ema": False}, 10), ({"role": "critic"}, 11)])
@@ -72,6 +74,15 @@ def test_convert_takes_the_right_network(checkpoint, tmp_path, options, seed):
     few_step = {} if "role" in options else {"num_inference_steps": 2, "guidance_scale": 1.0}
     assert info["call"] == {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 8, **few_step}
     assert info["averaged"] is (seed == 12)
+
+
+@pytest.mark.parametrize("push", [False, True])
+def test_the_card_loads_from_where_the_export_goes(checkpoint, tmp_path, push):
+    config = json.loads((checkpoint / "metadata.json").read_text())["config"]
+    config["pipeline"]["push_to_hub"] = push
+    change_metadata(checkpoint, config=config)
+    card = (convert(checkpoint, tmp_path / "out") / "README.md").read_text()
+    assert f'from_pretrained("{"me/student" if push else "out"}"' in card
 
 
 def test_incomplete_checkpoints_are_refused(checkpoint, tmp_path):

@@ -1,6 +1,7 @@
 """Reading one network's weights out of a training checkpoint, on one process, whatever wrote it."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,5 +62,8 @@ def _load_sharded(directory: Path) -> dict[str, Tensor]:
         for key, entry in entries.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(weights, storage_reader=FileSystemReader(directory), no_dist=True)
+    with warnings.catch_warnings():
+        # That one process loads is what is meant here.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(weights, storage_reader=FileSystemReader(directory), no_dist=True)
     return {key.removeprefix(_SHARDED_PREFIX): value for key, value in weights.items()}

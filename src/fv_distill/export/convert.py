@@ -47,6 +47,7 @@ def convert(
     if ema and role == "student" and not averaged:
         console.print("the checkpoint has no averaged weights; exporting the latest ones", highlight=False)
     base_model = _base_model(metadata, config, role)
+    pipeline = metadata["config"]["pipeline"]
     few_step = metadata["few_step"] if role == "student" else None
     info = StudentInfo(
         base_model=base_model,
@@ -61,6 +62,7 @@ def convert(
             text_length=metadata["config"]["training"]["data"]["text_length"],
         ),
         versions=metadata["versions"],
+        hub_model_id=pipeline["hub_model_id"] if pipeline["push_to_hub"] else None,
     )
     weights = load_role_weights(checkpoint, "ema" if averaged else role)
     return export_diffusers_directory(

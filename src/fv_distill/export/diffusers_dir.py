@@ -32,6 +32,7 @@ class StudentInfo:
         averaged: whether these are EMA weights.
         call: further arguments of the pipeline's call: size, frames, text length.
         versions: of the libraries that trained it.
+        hub_model_id: where the export is going to be uploaded; the card's snippet then loads it from there.
     """
 
     base_model: str
@@ -42,6 +43,7 @@ class StudentInfo:
     averaged: bool = False
     call: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    hub_model_id: str | None = None
 
     @property
     def pipeline_call(self) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def export_diffusers_directory(
         scheduler.save_pretrained(partial / "scheduler")
         _set_scheduler_class(partial / "model_index.json", type(scheduler).__name__)
     (partial / INFO_FILE).write_text(json.dumps({**asdict(info), "call": info.pipeline_call}, indent=2) + "\n")
-    write_model_card(partial / "README.md", info, name=output_dir.name)
+    write_model_card(partial / "README.md", info, name=info.hub_model_id or output_dir.name)
     _replace(output_dir, partial)
     return output_dir
 
