@@ -6,7 +6,7 @@ from functools import partialmethod
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, WanTransformer3DModel
+from diffusers import DiffusionPipeline, UniPCMultistepScheduler, WanTransformer3DModel
 from safetensors.torch import load_file
 from tiny_models import LATENT_CHANNELS, TEXT_LENGTH, make_tiny_transformer
 
@@ -148,3 +148,17 @@ def test_weights_that_do_not_fit_leave_nothing_behind(tiny_wan, tmp_path):
     with pytest.raises(ValueError, match=r"missing proj_out\.bias; unexpected surplus"):
         export_diffusers_directory(tmp_path / "out", weights, StudentInfo(str(tiny_wan), "m", SIGMAS))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_with_another_scheduler_gets_the_few_step_one(tiny_wan, tmp_path):
+    """Wan's published directories name UniPC in their model_index.json."""
+    pipeline = DiffusionPipeline.from_pretrained(tiny_wan)
+    pipeline.scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    pipeline.save_pretrained(tmp_path / "base")
+    info = StudentInfo(str(tmp_path / "base"), "m", SIGMAS)
+    directory = export_diffusers_directory(tmp_path / "out", make_tiny_transformer(5).state_dict(), info)
+    scheduler = DiffusionPipeline.from_pretrained(directory).scheduler
+    scheduler.set_timesteps(4)
+    assert scheduler.sigmas.tolist() == pytest.approx([*SIGMAS, 0.0], abs=1e-6)
