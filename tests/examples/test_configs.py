@@ -1,0 +1,131 @@
+"""Every config in examples/ is valid, and those of Wan fit the networks as they were published."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import WanTransformer3DModel
+
+from fv_distill.config import load_run_config
+from fv_distill.export import few_step_scheduler
+from fv_distill.methods import DMD2Options, FineTuneOptions
+from fv_distill.models import WanModel
+from fv_distill.schedules import few_step_sigmas
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "examples/configs").rglob("*.yaml"))
+OPTIONS = {
+    "fv_distill.methods.DMD2Method": DMD2Options,
+    "fv_distill.methods.FineTuneMethod": FineTuneOptions,
+}
+
+# `transformer/config.json` of the two repositories on the Hub.
+PUBLISHED = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
+}
+PARAMETERS = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1.42e9, "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14.29e9}
+VAE_CONFIG = {
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 8,
+    "latents_mean": [0.0] * 16,
+    "latents_std": [1.0] * 16,
+}
+
+
+def make_meta_transformer(name: str) -> WanTransformer3DModel:
+    with torch.device("meta"):
+        return WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            attention_head_dim=128,
+            in_channels=16,
+            out_channels=16,
+            text_dim=4096,
+            freq_dim=256,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            **PUBLISHED[name],
+        )
+
+
+@pytest.fixture(scope="module", params=sorted(PUBLISHED))
+def published(request, tmp_path_factory) -> tuple[str, WanModel]:
+    """The adapter over a published network without weights."""
+    directory = tmp_path_factory.mktemp("published")
+    (directory / "vae").mkdir()
+    (directory / "vae/config.json").write_text(json.dumps(VAE_CONFIG))
+    return request.param, WanModel(make_meta_transformer(request.param), directory=directory, flow_shift=3.0)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_config_is_valid(path):
+    config = load_run_config(path)
+    assert not config.allow_unknown_keys
+    assert path.parent.name in config.training.output_dir
+    options = OPTIONS[config.method.target].model_validate(config.method.options)
+    for role, model in config.models.items():
+        local = model.init_from.startswith("examples/")
+        assert (ROOT / model.init_from / "model_index.json").is_file() if local else model.init_from in PUBLISHED, role
+    data_path = config.training.data.data_path
+    assert isinstance(data_path, str)
+    assert data_path.startswith("data/") or list((ROOT / data_path).glob("*.parquet"))
+    if isinstance(options, DMD2Options):
+        shift = config.models["student"].flow_shift or 3.0
+        sigmas = few_step_sigmas(options.dmd_denoising_steps, flow_shift=shift, warp=options.warp_denoising_step)
+        scheduler = few_step_scheduler(sigmas, sample_type=options.student_sample_type)
+        scheduler.set_timesteps(len(sigmas))
+        assert scheduler.sigmas.tolist() == pytest.approx([*sigmas, 0.0], abs=1e-5)
+
+
+def test_every_kind_of_config_is_there():
+    names = {f"{path.parent.name}/{path.stem}" for path in CONFIGS}
+    methods, models = ("dmd2", "finetune"), ("digits", "wan2.1_1.3b", "wan2.1_14b")
+    assert names >= {f"{method}/{model}" for method in methods for model in models}
+
+
+def test_published_networks_have_the_published_size(published):
+    name, model = published
+    count = sum(parameter.numel() for parameter in model.transformer.parameters())
+    assert count == pytest.approx(PARAMETERS[name], rel=0.01)
+
+
+def test_configs_of_a_published_network_fit_it(published):
+    name, model = published
+    paths = [path for path in CONFIGS if name in path.read_text()]
+    assert paths
+    for path in paths:
+        shape = load_run_config(path).training.data.latent_shape or (16, 21, 60, 104)
+        model.check_latent_shape(shape, num_frames=81)
+        assert tuple(size * factor for size, factor in zip(shape[2:], (8, 8), strict=True)) == (480, 832)
+    with pytest.raises(ValueError, match="channels"):
+        model.check_latent_shape((4, 21, 60, 104))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1
+    if config.fsdp_config:
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_activation_checkpointing"] is False
+
+
+def test_the_sizes_of_the_two_level_mesh_reach_accelerate(monkeypatch):
+    """The launcher hands a config's keys on by name, so a misspelt one would be lost without a word."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import ParallelismConfig
+    from accelerate.utils.launch import prepare_extend_env_parallelism_config
+
+    path = ROOT / "configs/accelerate/hsdp_multinode.yaml"
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "script.py"]))
+    assert args.use_fsdp and args.use_parallelism_config and args.fsdp_version == 2
+    environment = prepare_extend_env_parallelism_config(args, {})
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    mesh = ParallelismConfig()
+    assert (mesh.dp_replicate_size, mesh.dp_shard_size) == (2, 8)
+    assert mesh.total_size == yaml.safe_load(path.read_text())["num_processes"]
