@@ -1,0 +1,119 @@
+"""Runs of a few steps on the tiny network, and what they leave behind."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_models import TEXT_LENGTH
+
+from fv_distill.training import run_training_from_config
+
+
+def dmd2_config(model: Path, rows: Path, output_dir: Path) -> dict[str, Any]:
+    """Every second step also updates the student; schedules, averaging and clipping are all at work."""
+    return {
+        "models": {
+            "student": {"init_from": str(model), "trainable": True, "negative_prompt": "bad"},
+            "teacher": {"init_from": str(model)},
+            "critic": {"init_from": str(model), "trainable": True},
+        },
+        "method": {
+            "_target_": "fv_distill.methods.DMD2Method",
+            "dmd_denoising_steps": [1000, 500],
+            "generator_update_interval": 2,
+            "real_score_guidance_scale": 3.0,
+            "fake_score_learning_rate": 2e-3,
+        },
+        "training": _training(rows, output_dir),
+        "callbacks": {"ema": {"decay": 0.5}, "grad_clip": {"max_grad_norm": 0.1}},
+    }
+
+
+def finetune_config(model: Path, rows: Path, output_dir: Path) -> dict[str, Any]:
+    """Plain flow matching."""
+    return {
+        "models": {"student": {"init_from": str(model), "trainable": True}},
+        "method": {"_target_": "fv_distill.methods.FineTuneMethod"},
+        "training": _training(rows, output_dir),
+    }
+
+
+def _training(rows: Path, output_dir: Path) -> dict[str, Any]:
+    return {
+        "seed": 7,
+        "output_dir": str(output_dir),
+        "data": {"data_path": str(rows), "text_length": TEXT_LENGTH, "train_batch_size": 2},
+        "optimizer": {"learning_rate": 1e-3},
+        "loop": {"max_train_steps": 4},
+        "checkpoint": {"every_steps": 2},
+        "tracker": {"trackers": []},
+    }
+
+
+def write_config(config: dict[str, Any], path: Path, overrides: dict[str, Any] | None = None) -> Path:
+    """Save as YAML with some dotted keys replaced."""
+    config = copy.deepcopy(config)
+    for dotted, value in (overrides or {}).items():
+        section = config
+        *parents, last = dotted.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def train(config: dict[str, Any], overrides: dict[str, Any] | None = None) -> Path:
+    """Run a config from a YAML beside its output directory and return that directory."""
+    output_dir = Path((overrides or {}).get("training.output_dir", config["training"]["output_dir"]))
+    path = write_config(config, output_dir.with_name(f"{output_dir.name}.yaml"))
+    return run_training_from_config(path, overrides=overrides)
+
+
+def metric_lines(output_dir: Path) -> list[str]:
+    """`metrics.jsonl` as it is written."""
+    return (output_dir / "metrics.jsonl").read_text().splitlines()
+
+
+def metrics(output_dir: Path) -> list[dict[str, float]]:
+    """`metrics.jsonl`, parsed."""
+    return [json.loads(line) for line in metric_lines(output_dir)]
+
+
+def checkpoint(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return output_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def metadata(directory: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return json.loads((directory / "metadata.json").read_text())
+
+
+def assert_same_state(one: Path, other: Path, *, num_networks: int, num_optimizers: int) -> None:
+    """Two checkpoints with replicated weights hold the same bits."""
+    networks, optimizers = (sorted(path.name for path in one.glob(p)) for p in ("model*.safetensors", "optimizer*.bin"))
+    assert (len(networks), len(optimizers)) == (num_networks, num_optimizers)
+    for name in networks:
+        assert_same_tensors(load_file(one / name), load_file(other / name))
+    for name in optimizers:
+        states = [torch.load(path / name, weights_only=True)["state"] for path in (one, other)]
+        assert states[0].keys() == states[1].keys() and states[0]
+        for index in states[0]:
+            assert_same_tensors(states[0][index], states[1][index])
+
+
+def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Equal names and bits."""
+    assert one.keys() == other.keys() and one
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest absolute difference of two sets of weights."""
+    assert one.keys() == other.keys() and one
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
