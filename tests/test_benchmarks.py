@@ -1,0 +1,57 @@
+"""Every benchmark runs and prints one JSON line with sane numbers; how fast things are is nobody's test."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def run_benchmark(tmp_path, name: str, *options: str) -> dict:
+    """The last line of a benchmark's output, which has to be its only JSON."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 1 and done.stdout.strip().endswith(lines[0])
+    result = json.loads(lines[0])
+    assert result["benchmark"] == name
+    assert result["ratio"] > 0 and result["target_ratio"] > 0
+    return result
+
+
+@pytest.mark.slow
+def test_forward_passes(tmp_path):
+    result = run_benchmark(tmp_path, "forward_passes", "--cycles", "10")
+    assert result["ratio"] == 1.0
+    reused, fresh = result["reuse_rollout"], result["fresh_rollout"]
+    assert reused["critic"] == fresh["critic"] == 6
+    assert reused["teacher"] == fresh["teacher"] == 2
+    assert reused["expected"] == 5 * 2.5 + 6 + 2
+    assert reused["total"] == reused["minimum"]
+    assert 5 * 1 <= reused["student"] <= 5 * 4
+    # The student's step needs one more rollout when the critic makes its own.
+    assert reused["student"] < fresh["student"] and fresh["ratio"] == 1.0
+
+
+@pytest.mark.slow
+def test_step_overhead(tmp_path):
+    small = ["--width", "16", "--layers", "1", "--latent-frames", "1", "--latent-size", "4", "--batch-size", "1"]
+    result = run_benchmark(tmp_path, "step_overhead", "--steps", "5", "--warm-up", "1", *small)
+    assert result["tokens"] == 4 and result["threads"] == 1
+    assert 0 < result["hand_step_ms"] < 10_000 and 0 < result["trainer_step_ms"] < 10_000
+    assert result["ema"] is True
+    assert {"ratio_critic_steps", "ratio_student_steps", "ratio_of_sums", "load_average"} <= set(result)
+
+
+@pytest.mark.slow
+def test_dataloading(tmp_path):
+    options = ["--total-mb", "40", "--repeats", "1", "--text-tokens", "8", "--folder", str(tmp_path)]
+    result = run_benchmark(tmp_path, "dataloading", *options)
+    assert result["rows"] >= 4
+    assert result["mb_per_s"] > 0 and result["raw_mb_per_s"] > 0
