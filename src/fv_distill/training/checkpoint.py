@@ -6,6 +6,7 @@ A checkpoint is the folder `<output_dir>/checkpoints/step-00000100`: what accele
 
 import json
 import os
+import re
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,14 +19,21 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 INCOMPLETE = ".incomplete"
+# A copy that a user made beside ours has another name and is left alone.
+_NAME = re.compile(r"step-\d+")
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "peft", "fv_distill")
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     folder = Path(output_dir) / "checkpoints"
-    found = [path for path in folder.glob("step-*") if path.suffix != INCOMPLETE and (path / "metadata.json").is_file()]
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and _is_complete(path)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _is_complete(path: Path) -> bool:
+    # The metadata is written last, but only the renaming tells that all processes were done.
+    return path.suffix != INCOMPLETE and (path / "metadata.json").is_file()
 
 
 def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path:
@@ -42,8 +50,9 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path:
             )
         return found[-1]
     path = Path(resume_from)
-    if not (path / "metadata.json").is_file():
-        raise FileNotFoundError(f"resume_from_checkpoint: {path} is no complete checkpoint (it has no metadata.json)")
+    if not _is_complete(path):
+        reason = "its name says so" if path.suffix == INCOMPLETE else "it has no metadata.json"
+        raise FileNotFoundError(f"resume_from_checkpoint: {path} is no complete checkpoint ({reason})")
     return path
 
 

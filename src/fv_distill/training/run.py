@@ -24,7 +24,7 @@ from fv_distill.export.scheduler import few_step_scheduler
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.models.base import ModelBase
 
-from .checkpoint import find_checkpoint, read_metadata
+from .checkpoint import complete_checkpoints, find_checkpoint, read_metadata
 from .sharding import make_accelerator
 from .tracking import CONFIG_FILE, METRICS_FILE
 from .trainer import Trainer
@@ -88,7 +88,7 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
         # Every process looks before the main one writes, so that all of them see the same directory.
         _refuse_foreign_run(config)
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process and training.overwrite and training.checkpoint.resume_from_checkpoint is None:
+        if accelerator.is_main_process and training.overwrite and not _continues_its_own_run(config):
             _remove_run(Path(training.output_dir))
         accelerator.wait_for_everyone()
     return accelerator
@@ -229,14 +229,40 @@ def _refuse_foreign_run(config: RunConfig) -> None:
     training = config.training
     directory = Path(training.output_dir)
     if training.checkpoint.resume_from_checkpoint is not None:
-        read_metadata(find_checkpoint(training.checkpoint.resume_from_checkpoint, directory))
-        return
+        checkpoint = find_checkpoint(training.checkpoint.resume_from_checkpoint, directory)
+        read_metadata(checkpoint)
+        if _continues_its_own_run(config):
+            _refuse_later_checkpoints(checkpoint, directory)
+            return
     present = [name for name in RUN_FILES if (directory / name).exists()]
     if present and not training.overwrite:
         raise FileExistsError(
             f"training.output_dir={str(directory)!r} holds another run ({', '.join(present)}); resume it with "
             "--resume-from-checkpoint latest, replace it with --overwrite, or choose another directory"
         )
+
+
+def _continues_its_own_run(config: RunConfig) -> bool:
+    """Whether the checkpoint to resume from, if any, is one of the output directory's."""
+    resume_from, directory = config.training.checkpoint.resume_from_checkpoint, Path(config.training.output_dir)
+    if resume_from is None:
+        return False
+    return find_checkpoint(resume_from, directory).resolve().parent == (directory / "checkpoints").resolve()
+
+
+def _refuse_later_checkpoints(checkpoint: Path, directory: Path) -> None:
+    """Those of the abandoned future would be taken for the newest, exported, and kept by the rotation."""
+    found = complete_checkpoints(directory)
+    later = [path.name for path in found if _step_of(path) > _step_of(checkpoint)]
+    if later:
+        raise FileExistsError(
+            f"resume_from_checkpoint: {checkpoint}, but its run went on to {', '.join(later)}; resume from latest, "
+            "remove the later ones, or choose another training.output_dir"
+        )
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(read_metadata(checkpoint)["step"])
 
 
 def _remove_run(directory: Path) -> None:
