@@ -46,7 +46,12 @@ def _training(rows: Path, output_dir: Path) -> dict[str, Any]:
     return {
         "seed": 7,
         "output_dir": str(output_dir),
-        "data": {"data_path": str(rows), "text_length": TEXT_LENGTH, "train_batch_size": 2},
+        "data": {
+            "data_path": str(rows),
+            "text_length": TEXT_LENGTH,
+            "train_batch_size": 2,
+            "cache_dir": str(rows.with_name(f"{rows.name}-cache")),
+        },
         "optimizer": {"learning_rate": 1e-3},
         "loop": {"max_train_steps": 4},
         "checkpoint": {"every_steps": 2},
