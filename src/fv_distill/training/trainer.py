@@ -98,14 +98,18 @@ class Trainer:
         """Accumulate the gradients of one role over the micro-batches and step its optimizer if all is finite."""
         role = self.roles[role_name]
         sums: dict[str, torch.Tensor] = {}
+        total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(micro_batches):
             rng = SampleRng(self.config.training.seed, self.step, batch["sample_index"], self.accelerator.device)
             is_last = index == len(micro_batches) - 1
             with gradient_sync(self.accelerator, role.model.transformer, enabled=is_last):
                 for term in self.method.losses(role_name, batch, rng):
                     self.accelerator.backward(term.loss / len(micro_batches))
+                    total += term.loss.detach().float() / len(micro_batches)
                     for name, value in term.metrics.items():
                         sums[name] = sums.get(name, 0) + value.float() / len(micro_batches)
+        # A method need not log its loss, but a step with a bad one has to be noticed.
+        sums.setdefault(f"loss/{role_name}", total)
         rate = role.set_learning_rate()
         self.callbacks.call("on_before_optimizer_step", self, role_name, sums)
         metrics = self._mean_over_processes(sums)
