@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TEACHER = REPOSITORY / "examples/digits/teacher"
 CONFIG = REPOSITORY / "examples/configs/dmd2/digits.yaml"
 TEACHER_STEPS = 50
-TEACHER_GUIDANCE = 1.5
+TEACHER_GUIDANCE = 3.0
 NOISE_SEED = 11
 BATCH = 125
 

@@ -50,7 +50,7 @@ def test_a_caption_has_many_answers(batch):
     """Distinct layouts (first and last centre, digit shape aside) per caption: what makes few-step sampling hard."""
     ink = batch.clips[batch.captions % len(DIRECTIONS) == 1] > -1
     boxes = torch.stack([ink.amax((1, 2, 4)).float().argmax(1), ink[:, :, 0].amax((1, 2)).float().argmax(1)], 1)
-    assert len(boxes.unique(dim=0)) > 15
+    assert len(boxes.unique(dim=0)) >= 10
 
 
 def test_draws_are_deterministic():

@@ -1,9 +1,8 @@
 """The embedded data set: short clips of real handwritten digits that move, captioned in words.
 
 The images are scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" test set (Alpaydin & Kaynak
-1998, CC BY 4.0): 1,797 grey 8 x 8 scans. A caption fixes the digit and its direction; the hand, the lane, the speed and
-the start are left open, so that a caption has many right answers and a sampler with too few steps shows their blurred
-average.
+1998, CC BY 4.0): 1,797 grey 8 x 8 scans. A caption fixes the digit and its direction; the hand, the lane and the speed
+are left open, so that a caption has many right answers and a sampler with too few steps shows their blurred average.
 """
 
 from dataclasses import dataclass
@@ -27,10 +26,7 @@ LANES = (0, 2, 4, 6, 8)
 """Places across the captioned direction."""
 
 SPEEDS = (1, 2)
-"""Pixels a frame along it."""
-
-START_STEP = 2
-"""Digits set off at multiples of this many pixels, as long as five frames keep them on the canvas."""
+"""Pixels a frame along it, away from the wall where the digit starts."""
 
 _TRAVEL = CANVAS - DIGIT_SIZE
 
@@ -67,15 +63,13 @@ def digit_images(split: str) -> tuple[Tensor, Tensor]:
 
 
 def sample_clips(split: str, count: int, generator: torch.Generator) -> DigitClips:
-    """Draw `count` clips with all that their captions leave open: image, lane, speed and start."""
+    """Draw `count` clips with all that their captions leave open: image, lane and speed."""
     images, digits = digit_images(split)
     chosen = torch.randint(len(images), (count,), generator=generator)
     direction = torch.randint(len(DIRECTIONS), (count,), generator=generator)
     lane = torch.tensor(LANES)[torch.randint(len(LANES), (count,), generator=generator)]
     speed = torch.tensor(SPEEDS)[torch.randint(len(SPEEDS), (count,), generator=generator)]
-    places = (_TRAVEL - speed * (NUM_FRAMES - 1)) // START_STEP + 1
-    start = (torch.rand(count, generator=generator) * places).long() * START_STEP
-    gone = start[:, None] + speed[:, None] * torch.arange(NUM_FRAMES)
+    gone = speed[:, None] * torch.arange(NUM_FRAMES)
     along = torch.where((direction % 2 == 1)[:, None], gone, _TRAVEL - gone)
     across = lane[:, None].expand_as(along)
     is_horizontal = (direction < 2)[:, None]
