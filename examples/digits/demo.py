@@ -140,7 +140,7 @@ def measure(student: Path, *, count: int, teacher_steps: int) -> tuple[list[Row]
 
 
 def with_even_steps(pipeline: Any, steps: int) -> Any:
-    """The pipeline with evenly spaced, once shifted steps: its own scheduler shifts twice and wastes a few-step budget."""
+    """The pipeline with evenly spaced steps, shifted once: its own scheduler shifts twice, which ruins a few steps."""
     timesteps = [1000 * (1 - index / steps) for index in range(steps)]
     sigmas = few_step_sigmas(timesteps, flow_shift=pipeline.scheduler.config.shift, warp=True)
     return type(pipeline)(**{**pipeline.components, "scheduler": few_step_scheduler(sigmas, sample_type="ode")})
