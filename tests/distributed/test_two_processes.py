@@ -98,7 +98,8 @@ def assert_same_run(output_dir, reference):
     for name in NETWORKS:
         weights = {step: load_role_weights(checkpoint(output_dir, step), name) for step in (2, 4)}
         assert largest_difference(weights[4], load_role_weights(checkpoint(reference, 4), name)) < 1e-6
-        assert largest_difference(weights[2], weights[4]) > 1e-3, "weights that don't move prove nothing"
+        # A hundred times the tolerance: weights that don't move would agree without proving anything.
+        assert largest_difference(weights[2], weights[4]) > 1e-4
 
 
 def assert_exact_resume(path, output_dir, folder, *, environment=None):
