@@ -31,7 +31,7 @@ FSDP2 = {
 }
 NETWORKS = ("student", "critic", "ema")
 # SGD: Adam divides by the gradient's size and would blow rounding up where that is nearly zero.
-SGD = {"_target_": "torch.optim.SGD", "learning_rate": 0.1, "betas": None, "eps": None, "weight_decay": 0.0}
+SGD = {"_target_": "torch.optim.SGD", "learning_rate": 1.0, "betas": None, "eps": None, "weight_decay": 0.0}
 
 
 def python(*words, environment=None, status=0):
@@ -98,8 +98,7 @@ def assert_same_run(output_dir, reference):
     for name in NETWORKS:
         weights = {step: load_role_weights(checkpoint(output_dir, step), name) for step in (2, 4)}
         assert largest_difference(weights[4], load_role_weights(checkpoint(reference, 4), name)) < 1e-6
-        # A hundred times the tolerance: weights that don't move would agree without proving anything.
-        assert largest_difference(weights[2], weights[4]) > 1e-4
+        assert largest_difference(weights[2], weights[4]) > 1e-3, "weights that don't move prove nothing"
 
 
 def assert_exact_resume(path, output_dir, folder, *, environment=None):
