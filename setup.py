@@ -18,7 +18,7 @@ EXTRAS["dev"] = [
     "pytest>=9,<10",
     "ruff==0.17.6",
     "mypy==2.4.1",
-    "types-PyYAML",
+    "types-PyYAML==6.0.12.20261113",
     "pre-commit>=4,<5",
 ]
 

@@ -161,8 +161,8 @@ def test_a_missing_file_is_named(tmp_path):
     [
         ("models:\n  a: [1, 2\nmethod: x\n", r"bad\.yaml, line \d"),
         ("a: 1\na: 2\n", "duplicate key"),
-        ("- 1\n- 2\n", "holds a sequence"),
-        ("just words", "holds a scalar"),
+        ("- 1\n- 2\n", "holds a list"),
+        ("just words", "holds a single value"),
         ("", "holds nothing"),
     ],
 )

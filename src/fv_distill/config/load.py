@@ -58,7 +58,7 @@ def _parse_yaml(path: str | Path, text: str) -> DictConfig:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if not isinstance(root, yaml.MappingNode):
-            found = "nothing" if root is None else f"a {root.id}"
+            found = "nothing" if root is None else "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
             raise ConfigError(
                 f"{path} holds {found}; a config is a mapping with the sections models, method and training"
             )
