@@ -2,8 +2,10 @@
 
     accelerate launch examples/bare_loop_dmd2.py --config examples/configs/dmd2/digits.yaml
 
-It reads the same config as train_dmd2.py and, on one process without accumulation, has the same losses to the last bit
-(a test compares them). It has no checkpoints, validation or export; take it as the place to try an idea.
+It reads train_dmd2.py's config: networks, data, denoising steps, guidance, update interval, AdamW's numbers and the
+clipping. Everything else is at its default here and learning rates stay constant. Given a config that asks for no more,
+it has the same losses to the last bit (a test compares them). It has no checkpoints, validation or export: take it as
+the place to try an idea.
 """
 
 import json
@@ -13,6 +15,8 @@ import torch
 from accelerate import Accelerator
 
 from fv_distill.config import parse_run_config
+from fv_distill.config.schema import RunConfig
+from fv_distill.console import exit_on_user_error
 from fv_distill.data import BatchPlan, ParquetDataset, build_loader
 from fv_distill.losses import dmd_loss, flow_matching_loss
 from fv_distill.models import UncondPolicy, WanModel, unconditional
@@ -22,7 +26,12 @@ from fv_distill.schedules import add_noise, few_step_sigmas, score_sigma, veloci
 
 
 def main() -> None:
-    config, _ = parse_run_config(__doc__, method_target="fv_distill.methods.DMD2Method")
+    config, command_line = parse_run_config(__doc__, method_target="fv_distill.methods.DMD2Method")
+    with exit_on_user_error(debug=command_line.debug):
+        train(config)
+
+
+def train(config: RunConfig) -> None:
     training, options = config.training, config.method.options
     accelerator = Accelerator()
 

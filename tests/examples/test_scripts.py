@@ -170,6 +170,11 @@ def test_the_bare_loop_too_names_an_unknown_key(fails, dmd2):
     assert "training.lop" in fails("bare_loop_dmd2.py", "--config", dmd2, "--training.lop.max_train_steps", "1")
 
 
+def test_the_bare_loop_too_names_a_missing_model(fails, dmd2, tmp_path):
+    words = ("--config", dmd2, "--models.student.init_from", tmp_path / "nowhere")
+    assert "nowhere" in fails("bare_loop_dmd2.py", *words)
+
+
 def test_a_process_ends_with_status_2_and_one_message(dmd2, tmp_path):
     words = (EXAMPLES / "train_dmd2.py", "--config", dmd2, "--models.teacher.init_from", tmp_path / "nowhere")
     words = (*words, "--output-dir", tmp_path / "run")

@@ -39,6 +39,21 @@ def student_after(output_dir, step):
     return load_role_weights(checkpoint(output_dir, step), "student")
 
 
+# What happens before the first
+
+
+def test_text_encoders_wait_until_the_networks_are_prepared(dmd2, monkeypatch):
+    """Before that, a large network is whole on the device, or there is no room beside it."""
+    from fv_distill.training import trainer
+
+    order = []
+    prepare, encode = trainer.prepare_roles, DMD2Method.encode_prompts
+    monkeypatch.setattr(trainer, "prepare_roles", lambda *a, **k: order.append("prepare") or prepare(*a, **k))
+    monkeypatch.setattr(DMD2Method, "encode_prompts", lambda self: order.append("encode") or encode(self))
+    train(dmd2, {"training.loop.max_train_steps": 1})
+    assert order == ["prepare", "encode"]
+
+
 # What a step computes
 
 

@@ -17,17 +17,26 @@ _SHARDED_PREFIX = "model."
 _WRAPPER_PREFIX = "module."
 
 
+CHECKPOINT_FORMAT = 1
+
+
 def read_checkpoint_metadata(checkpoint: str | Path) -> dict[str, Any]:
     """The metadata that a complete checkpoint carries.
 
     Raises:
         FileNotFoundError: if the directory is missing or the checkpoint was never completed.
+        ValueError: if this version can't read it.
     """
     path = Path(checkpoint) / "metadata.json"
     if not path.is_file():
         reason = "it has no metadata.json, so it was never completed" if path.parent.is_dir() else "no such directory"
         raise FileNotFoundError(f"checkpoint {checkpoint}: {reason}; give a folder such as checkpoints/step-00000500")
-    return json.loads(path.read_text())
+    metadata = json.loads(path.read_text())
+    if metadata.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"{checkpoint} has format {metadata.get('format')}; this version of fv_distill reads {CHECKPOINT_FORMAT}"
+        )
+    return metadata
 
 
 def load_role_weights(checkpoint: str | Path, name: str) -> dict[str, Tensor]:

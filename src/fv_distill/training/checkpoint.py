@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fv_distill.config.load import dump_run_config
+from fv_distill.export.checkpoint_weights import CHECKPOINT_FORMAT, read_checkpoint_metadata
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-FORMAT = 1
 INCOMPLETE = ".incomplete"
 # A copy that a user made beside ours has another name and is left alone.
 _NAME = re.compile(r"step-\d+")
@@ -54,18 +54,6 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path:
         reason = "its name says so" if path.suffix == INCOMPLETE else "it has no metadata.json"
         raise FileNotFoundError(f"resume_from_checkpoint: {path} is no complete checkpoint ({reason})")
     return path
-
-
-def read_metadata(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's metadata.
-
-    Raises:
-        ValueError: if this version can't read it.
-    """
-    metadata = json.loads((checkpoint / "metadata.json").read_text())
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{checkpoint} has format {metadata.get('format')}; this version of fv_distill reads {FORMAT}")
-    return metadata
 
 
 class CheckpointManager:
@@ -115,7 +103,7 @@ class CheckpointManager:
             return
         trainer = self.trainer
         path = find_checkpoint(self.options.resume_from_checkpoint, trainer.config.training.output_dir)
-        metadata = read_metadata(path)
+        metadata = read_checkpoint_metadata(path)
         self._check_compatible(path, metadata)
         trainer.accelerator.load_state(str(path))
         trainer.step = metadata["step"]
@@ -162,7 +150,7 @@ class CheckpointManager:
         if sigmas is not None:
             few_step = {"sigmas": list(sigmas), "sample_type": trainer.method.sample_type, "guidance_scale": 1.0}
         return {
-            "format": FORMAT,
+            "format": CHECKPOINT_FORMAT,
             "step": trainer.step,
             "updates": {name: role.updates for name, role in trainer.roles.items()},
             "global_batch_size": trainer.plan.global_batch_size,

@@ -18,13 +18,14 @@ from fv_distill.config.load import dump_run_config, load_run_config
 from fv_distill.config.schema import RunConfig
 from fv_distill.console import console
 from fv_distill.data.parquet import ParquetDataset
+from fv_distill.export.checkpoint_weights import read_checkpoint_metadata
 from fv_distill.export.convert import convert
 from fv_distill.export.hub import push_directory
 from fv_distill.export.scheduler import few_step_scheduler
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.models.base import ModelBase
 
-from .checkpoint import complete_checkpoints, find_checkpoint, read_metadata
+from .checkpoint import complete_checkpoints, find_checkpoint
 from .sharding import make_accelerator
 from .tracking import CONFIG_FILE, METRICS_FILE
 from .trainer import Trainer
@@ -230,7 +231,7 @@ def _refuse_foreign_run(config: RunConfig) -> None:
     directory = Path(training.output_dir)
     if training.checkpoint.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(training.checkpoint.resume_from_checkpoint, directory)
-        read_metadata(checkpoint)
+        read_checkpoint_metadata(checkpoint)
         if _continues_its_own_run(config):
             _refuse_later_checkpoints(checkpoint, directory)
             return
@@ -262,7 +263,7 @@ def _refuse_later_checkpoints(checkpoint: Path, directory: Path) -> None:
 
 
 def _step_of(checkpoint: Path) -> int:
-    return int(read_metadata(checkpoint)["step"])
+    return int(read_checkpoint_metadata(checkpoint)["step"])
 
 
 def _remove_run(directory: Path) -> None:

@@ -60,13 +60,12 @@ class Trainer:
             world_size=accelerator.num_processes,
             rank=accelerator.process_index,
         )
-        for model in self.models.values():
-            model.transformer.to(accelerator.device)
-        method.encode_prompts()
         callbacks.call("on_before_prepare", self)
         self.roles = prepare_roles(
             accelerator, method, training.optimizer.as_kwargs(), max_train_steps=training.loop.max_train_steps
         )
+        # Networks that are sharded have left room for a text encoder by now, and were never whole on the device.
+        method.encode_prompts()
         self.checkpoints = CheckpointManager(self)
         self.log = RunLog(accelerator, config)
 
