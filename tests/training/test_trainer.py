@@ -287,3 +287,15 @@ def test_an_export_follows_the_run(dmd2, tmp_path):
     exported = load_file(tmp_path / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert_same_tensors(exported, load_role_weights(checkpoint(output_dir, 4), "ema"))
     assert json.loads((tmp_path / "student" / "fv_distill.json").read_text())["sigmas"] == [1.0, 0.75]
+
+
+# What would fail only after training
+
+
+def test_a_student_that_no_scheduler_samples_is_refused_where_it_is_to_be_exported(dmd2, tmp_path, capsys):
+    uneven = {"method.dmd_denoising_steps": [1000, 900, 500, 100], "method.warp_denoising_step": False}
+    with pytest.raises(ValueError, match="no setting of FlowMatchEulerDiscreteScheduler"):
+        train(dmd2, uneven | {"pipeline.export_dir": str(tmp_path / "student")})
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    train(dmd2, uneven | {"training.loop.max_train_steps": 1})
+    assert "can be trained but not exported" in capsys.readouterr().out

@@ -168,8 +168,18 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
             "that the student shall generate"
         )
     student.check_text(tuple(row["text_embedding"].shape))
-    if config.pipeline.export_dir is not None and method.few_step_sigmas is not None:
-        few_step_scheduler(method.few_step_sigmas, sample_type=method.sample_type)
+    if method.few_step_sigmas is not None:
+        _check_export(method.few_step_sigmas, method.sample_type, wanted=config.pipeline.export_dir is not None)
+
+
+def _check_export(sigmas: Sequence[float], sample_type: str, *, wanted: bool) -> None:
+    """An export that is asked for has to be possible; one that may be asked for later is worth a warning now."""
+    try:
+        few_step_scheduler(sigmas, sample_type=sample_type)
+    except ValueError as error:
+        if wanted:
+            raise
+        console.print(f"this student can be trained but not exported: {error}", highlight=False, markup=False)
 
 
 def export_if_asked(trainer: Trainer) -> None:
