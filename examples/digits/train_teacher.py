@@ -1,6 +1,6 @@
 """Train the digits teacher from scratch with plain flow matching and save it as a diffusers directory.
 
-Muon on the blocks' matrices and AdamW on the rest; about six minutes on two cores.
+Muon on the blocks' matrices and AdamW on the rest; about ten minutes on two cores.
 
     python examples/digits/train_teacher.py --output examples/digits/teacher
 """
@@ -27,7 +27,7 @@ EMA_DECAY = 0.998
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("teacher"))
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--clips", type=int, default=30000, help="size of the training set that batches are drawn from")
     parser.add_argument("--seed", type=int, default=0)
