@@ -10,5 +10,6 @@ __getattr__, __dir__, __all__ = attach(
         "diffusers_dir": ["StudentInfo", "export_diffusers_directory"],
         "hub": ["push_directory"],
         "scheduler": ["few_step_scheduler"],
+        "wan_keys": ["convert_state_dict", "convert_state_dict_to_original"],
     },
 )
