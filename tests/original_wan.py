@@ -6,7 +6,7 @@ diffusers' it knows nothing of pipelines, devices or half precision.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
