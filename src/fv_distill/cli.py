@@ -104,7 +104,7 @@ def convert_wan(words: Sequence[str]) -> None:
             convert_wan_to_original(args.input, args.output, **options)
         else:
             convert_wan_checkpoint(args.input, args.output, base_model=args.base_model, key=args.key, **options)
-    console.print(f"converted {args.input} to {args.output}", highlight=False, markup=False)
+    console.print(f"converted {args.input} to {args.output}", highlight=False, markup=False, soft_wrap=True)
 
 
 def demo(words: Sequence[str]) -> None:

@@ -151,7 +151,7 @@ def _check_output_file(output_file: Path, directory: Path, *, overwrite: bool) -
 def _tell_choice(checkpoint: Path, original: OriginalCheckpoint) -> None:
     if original.entry:
         beside = f"; it also has {', '.join(original.others)} (choose with --key)" if original.others else ""
-        console.print(f"took {original.entry} of {checkpoint}{beside}", highlight=False, markup=False)
+        console.print(f"took {original.entry} of {checkpoint}{beside}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _check_original_fits(original: OriginalCheckpoint, transformer: nn.Module, what: str) -> None:

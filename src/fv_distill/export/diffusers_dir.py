@@ -112,9 +112,14 @@ def pipeline_directory(
     partial = output_dir.with_name(f"{output_dir.name}.incomplete")
     shutil.rmtree(partial, ignore_errors=True)
     names = [component, *skipped, INFO_FILE, "README.md", ".cache", ".git*"]
-    shutil.copytree(base, partial, ignore=shutil.ignore_patterns(*names))
-    cast(Any, transformer).save_pretrained(partial / component)
-    yield partial
+    try:
+        shutil.copytree(base, partial, ignore=shutil.ignore_patterns(*names))
+        cast(Any, transformer).save_pretrained(partial / component)
+        yield partial
+    except BaseException:
+        # A full disk is the likely reason, and half a directory of some 60 GB no use on it.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     _replace(output_dir, partial)
 
 
