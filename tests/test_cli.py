@@ -13,7 +13,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("nonsense",), ("train",), ("export", "--checkpoint", "x"), ("demo", "--sed", "1")]
+    "words", [(), ("nonsense",), ("train",), ("export", "--checkpoint", "x"), ("convert-wan",), ("demo", "--sed", "1")]
 )
 def test_wrong_usage_is_status_2(words):
     result = run(*words)

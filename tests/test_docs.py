@@ -99,3 +99,9 @@ def test_method_of_its_page(tiny_wan, batch):
     term.loss.backward()
     assert term.loss > 0
     assert all(parameter.grad is not None for parameter in models["student"].transformer.parameters())
+
+
+def test_names_of_the_original_wan_page(capsys):
+    (body,) = blocks(DOCS / "convert_wan.md", "python")
+    exec(body, {})
+    assert capsys.readouterr().out.strip() == body.split("# ")[1].splitlines()[0]

@@ -41,7 +41,7 @@ def test_import_needs_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["train"], ["export"], ["demo"]], ids=lambda words: " ".join(words) or "fv-distill"
+    "words", [[], ["train"], ["export"], ["convert-wan"], ["demo"]], ids=lambda words: " ".join(words) or "fv-distill"
 )
 def test_help_is_quick_and_needs_nothing_heavy(words):
     assert heavy_modules_after(f"from fv_distill.cli import main\nmain({[*words, '--help']!r})") == "HEAVY []"

@@ -73,6 +73,40 @@ def export(words: Sequence[str]) -> None:
     console.print(f"exported {args.role} to {args.output_dir}", highlight=False, markup=False)
 
 
+def convert_wan(words: Sequence[str]) -> None:
+    """Turn original Wan or Self-Forcing weights into a diffusers directory, or with --to-original the other way."""
+    parser = argparse.ArgumentParser(prog="fv-distill convert-wan", description=convert_wan.__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--input", required=True, metavar="PATH", help="a .pt, .pth or .safetensors file, or a directory of the latter"
+    )
+    parser.add_argument("--output", required=True, metavar="PATH", type=Path, help="the directory to write")
+    parser.add_argument("--base-model", metavar="MODEL", help="the same network's diffusers directory or Hub id")
+    parser.add_argument("--key", help="the checkpoint's entry (default: generator_ema, generator or model)")
+    parser.add_argument(
+        "--to-original", action="store_true", help="--input is a diffusers directory, --output a .safetensors file"
+    )
+    parser.add_argument(
+        "--component", default="transformer", help="or transformer_2, the low-noise network of Wan 2.2 A14B"
+    )
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the weights' own)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    args = parser.parse_args(words)
+    if args.to_original and (args.base_model or args.key):
+        parser.error("--to-original takes no --base-model and no --key: a diffusers directory has its own config")
+    if not args.to_original and not args.base_model:
+        parser.error("--base-model is required: the weights are checked against its config")
+    options = {"component": args.component, "dtype": args.dtype, "overwrite": args.overwrite}
+    with exit_on_user_error(debug=args.debug):
+        from .export.convert_wan import convert_wan_checkpoint, convert_wan_to_original
+
+        if args.to_original:
+            convert_wan_to_original(args.input, args.output, **options)
+        else:
+            convert_wan_checkpoint(args.input, args.output, base_model=args.base_model, key=args.key, **options)
+    console.print(f"converted {args.input} to {args.output}", highlight=False, markup=False, soft_wrap=True)
+
+
 def demo(words: Sequence[str]) -> None:
     """Distil a tiny Wan teacher of handwritten digits into a few-step student, and measure both; minutes on a CPU."""
     parser = argparse.ArgumentParser(prog="fv-distill demo", description=demo.__doc__, allow_abbrev=False)
@@ -115,5 +149,6 @@ def demo_script() -> Path:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train, "train what a YAML file describes"),
     "export": (export, "make a diffusers directory of a checkpoint"),
+    "convert-wan": (convert_wan, "turn original Wan or Self-Forcing weights into a diffusers directory, or back"),
     "demo": (demo, "distil and measure a student of handwritten digits"),
 }

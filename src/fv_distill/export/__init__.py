@@ -1,4 +1,4 @@
-"""A trained student as a diffusers directory."""
+"""A trained student as a diffusers directory, and Wan weights between that and their original form."""
 
 from fv_distill._lazy import attach
 
@@ -7,8 +7,11 @@ __getattr__, __dir__, __all__ = attach(
     {
         "checkpoint_weights": ["load_role_weights", "read_checkpoint_metadata"],
         "convert": ["convert"],
+        "convert_wan": ["convert_wan_checkpoint", "convert_wan_to_original"],
         "diffusers_dir": ["StudentInfo", "export_diffusers_directory"],
         "hub": ["push_directory"],
         "scheduler": ["few_step_scheduler"],
+        "wan_checkpoint": ["OriginalCheckpoint", "read_original_checkpoint"],
+        "wan_keys": ["convert_state_dict", "convert_state_dict_to_original"],
     },
 )

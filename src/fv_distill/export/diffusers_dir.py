@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -77,24 +78,58 @@ def export_diffusers_directory(
             and the base directory lie in each other.
     """
     output_dir, base = Path(output_dir), resolve_directory(info.base_model)
-    _check_output(output_dir, base, overwrite=overwrite)
+    check_output(output_dir, base, overwrite=overwrite)
     scheduler: Any = None if info.sigmas is None else few_step_scheduler(info.sigmas, sample_type=info.sample_type)
     transformer = build_transformer(base, weights, dtype=dtype)
-    partial = output_dir.with_name(f"{output_dir.name}.incomplete")
-    shutil.rmtree(partial, ignore_errors=True)
-    skipped = ["transformer", *(["scheduler"] if scheduler else []), "README.md", ".cache", ".git*"]
-    shutil.copytree(base, partial, ignore=shutil.ignore_patterns(*skipped))
-    cast(Any, transformer).save_pretrained(partial / "transformer")
-    if scheduler is not None:
-        scheduler.save_pretrained(partial / "scheduler")
-        _set_scheduler_class(partial / "model_index.json", type(scheduler).__name__)
-    (partial / INFO_FILE).write_text(json.dumps({**asdict(info), "call": info.pipeline_call}, indent=2) + "\n")
-    write_model_card(partial / "README.md", info, name=info.hub_model_id or output_dir.name)
-    _replace(output_dir, partial)
+    skipped = [] if scheduler is None else ["scheduler"]
+    with pipeline_directory(output_dir, base, transformer, skipped=skipped) as partial:
+        if scheduler is not None:
+            scheduler.save_pretrained(partial / "scheduler")
+            _set_scheduler_class(partial / "model_index.json", type(scheduler).__name__)
+        (partial / INFO_FILE).write_text(json.dumps({**asdict(info), "call": info.pipeline_call}, indent=2) + "\n")
+        write_model_card(partial / "README.md", info, name=info.hub_model_id or output_dir.name)
     return output_dir
 
 
-def _check_output(output_dir: Path, base: Path, *, overwrite: bool) -> None:
+@contextmanager
+def pipeline_directory(
+    output_dir: Path,
+    base: Path,
+    transformer: nn.Module,
+    *,
+    component: str = "transformer",
+    skipped: Collection[str] = (),
+) -> Iterator[Path]:
+    """The base model's directory with another transformer, under a name of its own until the block has ended well.
+
+    Args:
+        output_dir: the final name; see `check_output`.
+        base: the directory to copy, less its card, its `fv_distill.json` and what belongs to git and the Hub's cache.
+        transformer: written as `component`.
+        component: the pipeline's name for it.
+        skipped: further names of the base directory that are not copied.
+    """
+    partial = output_dir.with_name(f"{output_dir.name}.incomplete")
+    shutil.rmtree(partial, ignore_errors=True)
+    names = [component, *skipped, INFO_FILE, "README.md", ".cache", ".git*"]
+    try:
+        shutil.copytree(base, partial, ignore=shutil.ignore_patterns(*names))
+        cast(Any, transformer).save_pretrained(partial / component)
+        yield partial
+    except BaseException:
+        # A full disk is the likely reason, and half a directory of some 60 GB no use on it.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _replace(output_dir, partial)
+
+
+def check_output(output_dir: Path, base: Path, *, overwrite: bool) -> None:
+    """Refuse to write where something would be lost.
+
+    Raises:
+        FileExistsError: if the directory isn't empty, and `overwrite` is off or it is no diffusers directory.
+        ValueError: if the output and the base directory lie in each other.
+    """
     own, other = output_dir.resolve(), base.resolve()
     if own == other or own in other.parents or other in own.parents:
         raise ValueError(
@@ -124,29 +159,35 @@ def _replace(output_dir: Path, partial: Path) -> None:
     shutil.rmtree(old)
 
 
-def build_transformer(base: Path, weights: Mapping[str, Tensor], *, dtype: torch.dtype | None) -> nn.Module:
+def empty_transformer(base: Path, *, component: str = "transformer") -> nn.Module:
+    """The base model's transformer class, from its config, on the meta device."""
+    class_name = json.loads((base / "model_index.json").read_text())[component][1]
+    kind = getattr(diffusers, class_name)
+    with torch.device("meta"):
+        return kind.from_config(kind.load_config(base, subfolder=component))
+
+
+def build_transformer(
+    base: Path, weights: Mapping[str, Tensor], *, dtype: torch.dtype | None, component: str = "transformer"
+) -> nn.Module:
     """The base model's transformer class, from its config, around `weights`.
 
     Raises:
         ValueError: listing missing, unexpected and mis-shaped keys.
     """
-    class_name = json.loads((base / "model_index.json").read_text())["transformer"][1]
-    kind = getattr(diffusers, class_name)
-    with torch.device("meta"):
-        transformer = kind.from_config(kind.load_config(base, subfolder="transformer"))
+    transformer = empty_transformer(base, component=component)
     check_weights_fit(transformer.state_dict(), weights)
     # The rotary tables are no part of a state dict and are computed anew when the directory is loaded.
-    transformer.load_state_dict(_cast(weights, dtype, keep_float32=kind._keep_in_fp32_modules or ()), assign=True)
+    transformer.load_state_dict(cast_weights(transformer, weights, dtype), assign=True)
     return transformer
 
 
-def _cast(
-    weights: Mapping[str, Tensor], dtype: torch.dtype | None, *, keep_float32: Collection[str]
-) -> dict[str, Tensor]:
+def cast_weights(transformer: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """`weights` in `dtype`, except in the modules that diffusers keeps in float32 when it loads a network in half."""
     if dtype is None:
         return dict(weights)
-    kept = {key for key in weights if not set(keep_float32).isdisjoint(key.split("."))}
+    keep_float32 = set(cast(Any, transformer)._keep_in_fp32_modules or ())
+    kept = {key for key in weights if not keep_float32.isdisjoint(key.split("."))}
     return {key: value.to(torch.float32 if key in kept else dtype) for key, value in weights.items()}
 
 

@@ -25,8 +25,12 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     return DTYPES[name]
 
 
-def resolve_directory(init_from: str | Path) -> Path:
+def resolve_directory(init_from: str | Path, *, name: str = "init_from") -> Path:
     """The local directory of a diffusers pipeline; a Hub id is downloaded (or found in the cache).
+
+    Args:
+        init_from: the directory or Hub id.
+        name: what messages call it.
 
     Raises:
         FileNotFoundError: if it is neither, saying what was tried.
@@ -34,19 +38,19 @@ def resolve_directory(init_from: str | Path) -> Path:
     path = Path(init_from).expanduser()
     if path.is_dir():
         if not (path / "model_index.json").is_file():
-            raise FileNotFoundError(f"init_from={str(init_from)!r} has no model_index.json; give a diffusers directory")
+            raise FileNotFoundError(f"{name}={str(init_from)!r} has no model_index.json; give a diffusers directory")
         return path
-    name = str(init_from)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"init_from={name!r}: no such directory (a Hub id would look like owner/name)")
+    hub_id = str(init_from)
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name}={hub_id!r}: no such directory (a Hub id would look like owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(hub_id))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"init_from={name!r} is no local directory and could not be had from the Hub ({type(error).__name__}); "
+            f"{name}={hub_id!r} is no local directory and could not be had from the Hub ({type(error).__name__}); "
             "check the spelling, your connection and `hf auth login`"
         ) from error
 
@@ -98,15 +102,22 @@ def check_weights_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tens
     """Compare keys and shapes.
 
     Raises:
-        ValueError: listing what is missing, unexpected or of another shape.
+        ValueError: listing what is missing, unexpected or of another shape, `shown` of each kind.
     """
-    problems = [f"missing {key}" for key in expected if key not in weights]
-    problems += [f"unexpected {key}" for key in weights if key not in expected]
-    problems += [
-        f"{key} has shape {tuple(weights[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in weights and weights[key].shape != value.shape
+    kinds = {
+        "missing": [f"missing {key}" for key in expected if key not in weights],
+        "unexpected": [f"unexpected {key}" for key in weights if key not in expected],
+        "of another shape": [
+            f"{key} has shape {tuple(weights[key].shape)}, expected {tuple(value.shape)}"
+            for key, value in expected.items()
+            if key in weights and weights[key].shape != value.shape
+        ],
+    }
+    # Each kind has its own limit: a renamed layer is only understood by who sees its new name beside its old one.
+    problems = [
+        "; ".join(found[:shown]) + (f" and {len(found) - shown} more {kind}" if len(found) > shown else "")
+        for kind, found in kinds.items()
+        if found
     ]
     if problems:
-        more = f" and {len(problems) - shown} more" if len(problems) > shown else ""
-        raise ValueError(f"the weights don't fit the network: {'; '.join(problems[:shown])}{more}")
+        raise ValueError(f"the weights don't fit the network: {'; '.join(problems)}")
