@@ -25,7 +25,7 @@ def test_dmd2_converges_on_digits(tmp_path, monkeypatch):
     overrides = {
         "training.output_dir": str(tmp_path),
         "training.data.train_batch_size": 32,
-        "training.loop.max_train_steps": 100,
+        "training.loop.max_train_steps": 160,
         "training.tracker.trackers": [],
     }
     run_training_from_config("examples/configs/dmd2/digits.yaml", overrides=overrides)
