@@ -99,6 +99,12 @@ def test_large_finite_values_are_fine(tmp_path, open_dataset):
     assert open_dataset(tmp_path / "a.parquet")[0]["vae_latent"].max() == 65504
 
 
+def test_a_value_beyond_the_batch_s_precision_is_not_finite(tmp_path, open_dataset):
+    write_rows(tmp_path / "a.parquet", [make_row(0, vae_latent=torch.full(LATENT_SHAPE, 1e300, dtype=torch.float64))])
+    with pytest.raises(DataError, match="not finite"):
+        open_dataset(tmp_path / "a.parquet")
+
+
 def test_text_only_rows(tmp_path, open_dataset):
     """Without the columns of latents, and with them but empty."""
     text_row = {"text_embedding": torch.ones(2, 4), "caption": "a"}

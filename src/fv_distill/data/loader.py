@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fv_distill.data.parquet import ParquetDataset, Row, batch_dtype
+from fv_distill.data.parquet import ParquetDataset, Row, all_finite, batch_dtype
 from fv_distill.data.schema import DataError
 from fv_distill.rng import SampleRng, derive_seed, generator_for
 
@@ -203,13 +203,26 @@ class _MicroBatches(Dataset[Any]):
     def __getitems__(self, keys: Sequence[tuple[int, int, int]]) -> dict[str, Any] | DataError:
         step, indices = keys[0][0], [index for _, _, index in keys]
         try:
-            batch = collate(
-                [self.dataset.read(row) for _, row, _ in keys], text_length=self.text_length, memory=self.memory
-            )
+            batch = self._read([row for _, row, _ in keys])
         except DataError as error:
             return error
         draws = SampleRng(self.seed, step + 1, indices).uniform("caption_dropout")
         return batch | {"caption_dropped": draws < self.caption_dropout, "sample_index": indices}
+
+    def _read(self, rows: Sequence[int]) -> dict[str, Any]:
+        def collated(*, check_values: bool) -> dict[str, Any]:
+            read = [self.dataset.read(row, check_values=check_values) for row in rows]
+            return collate(read, text_length=self.text_length, memory=self.memory)
+
+        try:
+            return collated(check_values=False)
+        except _NotFiniteError:
+            # Rare: only now is it worth a pass of its own to find the row, and to report or replace it.
+            return collated(check_values=True)
+
+
+class _NotFiniteError(Exception):
+    """A value that was copied into a batch is not finite."""
 
 
 def _identity(batch: Any) -> Any:
@@ -221,6 +234,7 @@ def collate(rows: Sequence[Row], *, text_length: int, memory: BatchMemory) -> di
 
     Raises:
         DataError: for a text longer than `text_length`, or rows whose tensors differ in name or shape.
+        _NotFiniteError: for a value that is not finite.
     """
     first = rows[0]
     batch: dict[str, Any] = {}
@@ -242,14 +256,21 @@ def _stack(values: Sequence[Tensor], memory: BatchMemory) -> Tensor:
     shape, dtype = (len(values), *values[0].shape), batch_dtype(values[0].dtype)
     stacked = memory.empty(shape) if dtype == torch.float32 else torch.empty(shape, dtype=dtype)
     for target, value in zip(stacked, values, strict=True):
-        target.copy_(value)
+        _copy(target, value)
     return stacked
+
+
+def _copy(target: Tensor, value: Tensor) -> None:
+    """Copy, then check the copy: it is in the processor's cache and on large pages, as the mapped file is not."""
+    target.copy_(value)
+    if target.is_floating_point() and not all_finite(target):
+        raise _NotFiniteError
 
 
 def _pad(texts: Sequence[Tensor], length: int, memory: BatchMemory) -> tuple[Tensor, Tensor]:
     padded = memory.empty((len(texts), length, texts[0].shape[1]))
     for target, text in zip(padded, texts, strict=True):
-        target[: len(text)].copy_(text)
+        _copy(target[: len(text)], text)
         target[len(text) :].zero_()
     mask = torch.arange(length) < torch.tensor([[len(text)] for text in texts])
     return padded, mask
