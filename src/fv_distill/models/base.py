@@ -304,7 +304,8 @@ class CausalModelBase(ModelBase):
 
     def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
         """See `ModelBase.check_latent_shape`; the frames must also divide into chunks."""
-        super().check_latent_shape(shape, num_frames=num_frames)
+        # A family's class has its bidirectional sibling next in line, whose check this is.
+        super().check_latent_shape(shape, num_frames=num_frames)  # type: ignore[safe-super]
         if shape[1] % self.chunk_size:
             raise ValueError(
                 f"{shape[1]} latent frames do not divide into chunks of chunk_size={self.chunk_size}; crop the data or "

@@ -164,9 +164,9 @@ def load_text_to_video(
     weights: str | None,
     gradient_checkpointing: bool,
     attention_backend: str | None,
-) -> WanTransformer3DModel:
+) -> nn.Module:
     """A directory's network as `network_class`; arguments and errors as in `WanModel.from_pretrained`."""
-    transformer = network_class.from_pretrained(directory, subfolder="transformer", dtype=parse_dtype(dtype))
+    transformer: Any = network_class.from_pretrained(directory, subfolder="transformer", dtype=parse_dtype(dtype))
     if transformer.config.image_dim is not None or transformer.config.in_channels != transformer.config.out_channels:
         raise ValueError(f"{directory} is an image-to-video Wan; only Wan 2.1 text-to-video is handled")
     if weights is not None:

@@ -24,8 +24,8 @@ class CausalWanModel(CausalModelBase, WanModel):
     def __init__(self, transformer: nn.Module, *, directory: str | Path, **kwargs: Any) -> None:
         if not isinstance(transformer, CausalWanTransformer3DModel):
             raise ValueError(
-                f"CausalWanModel needs a CausalWanTransformer3DModel, not a {type(transformer).__name__}; load one with "
-                "CausalWanModel.from_pretrained"
+                f"CausalWanModel needs a CausalWanTransformer3DModel, not a {type(transformer).__name__}; load one "
+                "with CausalWanModel.from_pretrained"
             )
         super().__init__(transformer, directory=directory, **kwargs)
         # Stock pipelines call the network without an adapter, in validation for instance: it knows its chunks itself.
@@ -106,8 +106,8 @@ class CausalWanModel(CausalModelBase, WanModel):
             return self._velocity(x_t, sigma.float(), conditioning)
         if clean_history.shape != x_t.shape:
             raise ValueError(
-                f"clean_history has shape {tuple(clean_history.shape)} but x_t {tuple(x_t.shape)}; give the whole clip, "
-                "each chunk reads only what is before it"
+                f"clean_history has shape {tuple(clean_history.shape)} but x_t {tuple(x_t.shape)}; give the whole "
+                "clip, each chunk reads only what is before it"
             )
         if history_sigma is None:
             history_sigma = torch.zeros(x_t.shape[0], device=x_t.device)
@@ -152,7 +152,8 @@ class CausalWanModel(CausalModelBase, WanModel):
         if rolling:
             if self.local_window is None:
                 raise ValueError(
-                    "a rolling cache keeps what a window shows, and local_window is null; set models.<role>.local_window"
+                    "a rolling cache keeps what a window shows, but local_window is null; set "
+                    "models.<role>.local_window"
                 )
             capacity = min(capacity, self.sink_frames + self.local_window + self.chunk_size)
         config = self.network_config

@@ -1,8 +1,8 @@
 """Block-causal attention: which latent frames see which, and attention under that rule.
 
 A clip is cut into chunks of `chunk_size` latent frames. Frames of a chunk see each other and earlier chunks, never
-later ones (Yin et al. 2025, "CausVid", sec. 4.1). A local window limits how far back they see, except for the first frames,
-the sinks, which stay in sight (Xiao et al. 2024, "StreamingLLM").
+later ones (Yin et al. 2025, "CausVid", sec. 4.1). A local window limits how far back they see, except for the first
+frames, the sinks, which stay in sight (Xiao et al. 2024, "StreamingLLM").
 """
 
 import functools
@@ -110,13 +110,13 @@ class FrameMask:
     @torch.inference_mode(False)
     def blocks(self) -> BlockMask:
         """For `flex_attention`; compiled, since the plain function builds the dense mask first."""
-        size = self.num_tokens
-        make = torch.compile(create_block_mask) if self.frames.is_cuda else create_block_mask
-        return make(self.token_rule, None, None, size, size, device=str(self.frames.device))
+        frames, size = self.frames, self.tokens_per_frame
 
-    def token_rule(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Whether a query token sees a key token; all arguments are index tensors, as `flex_attention` gives them."""
-        return self.frames[query // self.tokens_per_frame, key // self.tokens_per_frame]
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return frames[query // size, key // size]
+
+        make = torch.compile(create_block_mask) if frames.is_cuda else create_block_mask
+        return make(sees, None, None, self.num_tokens, self.num_tokens, device=str(frames.device))
 
 
 @functools.lru_cache(maxsize=8)

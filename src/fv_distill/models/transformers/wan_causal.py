@@ -43,7 +43,7 @@ class CausalWanTransformerBlock(WanTransformerBlock):
     It has no side effects, so that gradient checkpointing may run it twice: what is to be cached is returned.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]  # returns what to keep as well
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
@@ -132,8 +132,20 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     # The stock plan splits the sequence between ranks and would cut through the mask.
     _cp_plan = None
 
-    # The config's keys are read from the constructor's signature: keep the stock one.
-    @functools.wraps(WanTransformer3DModel.__init__)
+    # What the stock constructor makes, for the type checker.
+    config: Any
+    rope: Any
+    condition_embedder: Any
+    patch_embedding: nn.Conv3d
+    blocks: nn.ModuleList
+    norm_out: nn.Module
+    proj_out: nn.Module
+    scale_shift_table: nn.Parameter
+    gradient_checkpointing: bool
+    _gradient_checkpointing_func: Any
+
+    # A config's keys are read from the constructor's signature: show the stock one.
+    @functools.wraps(WanTransformer3DModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.config.patch_size[0] != 1:
@@ -182,9 +194,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             raise ValueError(f"attention_kwargs={attention_kwargs} has no meaning for a causal Wan; leave it out")
         frames, size = hidden_states.shape[2], hidden_states.shape[3:]
         rows, columns = (length // patch for length, patch in zip(size, self.config.patch_size[1:], strict=True))
-        rotary = self.rotary_table(
-            [range(num_history_frames), range(start_frame, start_frame + frames - num_history_frames)], rows, columns
-        )
+        positions = [range(num_history_frames), range(start_frame, start_frame + frames - num_history_frames)]
+        rotary = self.rotary_table(positions, rows, columns, hidden_states.device)
         temb, modulation, text = self._embed(timestep, encoder_hidden_states, encoder_hidden_states_image, frames)
         tokens = self.patch_embedding(hidden_states).flatten(3).permute(0, 2, 3, 1).contiguous()
         if cache is None:
@@ -200,12 +211,11 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         output = self._read_out(tokens[:, num_history_frames:], temb, rows, columns)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    def rotary_table(self, frames: Sequence[range], rows: int, columns: int) -> Rotary:
+    def rotary_table(self, frames: Sequence[range], rows: int, columns: int, device: torch.device) -> Rotary:
         """Cosines and sines of all tokens at absolute frame positions, each `[1, tokens, 1, head_dim / 2]`, fp32.
 
         The stock table ends at `rope_max_seq_len` frames; computed from the same formula, a clip has no end.
         """
-        device = self.patch_embedding.weight.device
         time, height, width = self.rope.t_dim, self.rope.h_dim, self.rope.w_dim
         parts = [
             [axis_table(run.start, run.stop, time, device) for run in frames],
@@ -218,7 +228,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     def _embed(
         self, timestep: Tensor, text: Tensor, image: Tensor | None, frames: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Time `[B, frames or 1, D]`, modulation `[B, frames or 1, 6, D]` and text `[B, L, D]`, by diffusers' module."""
+        """Time `[B, frames or 1, D]`, modulation `[B, frames or 1, 6, D]` and text `[B, L, D]`: diffusers' own."""
         per_frame = timestep.ndim == 2
         if timestep.shape[1:] not in ((), (frames,)):
             raise ValueError(
@@ -305,4 +315,5 @@ def _project_out(attn: WanAttention, states: Tensor) -> Tensor:
 
 def _attend(attn: WanAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention without a mask, by the backend that `set_attention_backend` chose."""
-    return dispatch_attention_fn(query, key, value, backend=attn.processor._attention_backend)
+    processor: Any = attn.processor
+    return dispatch_attention_fn(query, key, value, backend=processor._attention_backend)
