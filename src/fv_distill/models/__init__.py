@@ -5,8 +5,10 @@ from fv_distill._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "base": ["ModelBase"],
+        "base": ["CausalModelBase", "ModelBase"],
         "conditioning": ["Conditioning", "PreparedBatch", "UncondPolicy", "unconditional"],
+        "kv_cache": ["KVCache"],
         "wan": ["WanModel"],
+        "wan_causal": ["CausalWanModel"],
     },
 )

@@ -65,20 +65,14 @@ class WanModel(ModelBase):
             ValueError: for weights that don't fit, an image-to-video network, an unknown dtype or attention backend.
         """
         directory = resolve_directory(init_from)
-        transformer = WanTransformer3DModel.from_pretrained(
-            directory, subfolder="transformer", dtype=parse_dtype(dtype)
+        transformer = load_text_to_video(
+            WanTransformer3DModel,
+            directory,
+            dtype=dtype,
+            weights=weights,
+            gradient_checkpointing=gradient_checkpointing,
+            attention_backend=attention_backend,
         )
-        if (
-            transformer.config.image_dim is not None
-            or transformer.config.in_channels != transformer.config.out_channels
-        ):
-            raise ValueError(f"{init_from} is an image-to-video Wan; WanModel handles Wan 2.1 text-to-video")
-        if weights is not None:
-            load_weights_override(transformer, weights)
-        if gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        if attention_backend is not None:
-            transformer.set_attention_backend(attention_backend)
         return cls(
             transformer,
             directory=directory,
@@ -160,3 +154,25 @@ class WanModel(ModelBase):
                 f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, whose text_dim is "
                 f"{self.network_config.text_dim}; encode the captions with this model's own text encoder"
             )
+
+
+def load_text_to_video(
+    network_class: type[WanTransformer3DModel],
+    directory: Path,
+    *,
+    dtype: str | torch.dtype,
+    weights: str | None,
+    gradient_checkpointing: bool,
+    attention_backend: str | None,
+) -> nn.Module:
+    """A directory's network as `network_class`; arguments and errors as in `WanModel.from_pretrained`."""
+    transformer: Any = network_class.from_pretrained(directory, subfolder="transformer", dtype=parse_dtype(dtype))
+    if transformer.config.image_dim is not None or transformer.config.in_channels != transformer.config.out_channels:
+        raise ValueError(f"{directory} is an image-to-video Wan; only Wan 2.1 text-to-video is handled")
+    if weights is not None:
+        load_weights_override(transformer, weights)
+    if gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if attention_backend is not None:
+        transformer.set_attention_backend(attention_backend)
+    return transformer

@@ -1,0 +1,11 @@
+"""Networks that diffusers lacks."""
+
+from fv_distill._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "block_causal": ["ChunkLayout", "FrameMask", "masked_attention", "visible_history"],
+        "wan_causal": ["CausalWanTransformer3DModel"],
+    },
+)

@@ -1,0 +1,184 @@
+"""Causal Wan: text-to-video in chunks of latent frames, streamed over a `KVCache`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import CausalModelBase
+from .conditioning import Conditioning
+from .kv_cache import KVCache
+from .pretrained import read_flow_shift, resolve_directory
+from .transformers.wan_causal import CausalWanTransformer3DModel
+from .wan import WanModel, load_text_to_video
+
+
+class CausalWanModel(CausalModelBase, WanModel):
+    """Wan over a block-causal network with a bidirectional Wan's parameters, so that it starts from any Wan directory.
+
+    The arguments are those of `CausalModelBase`; use `CausalWanModel.from_pretrained` for a diffusers directory.
+    """
+
+    def __init__(self, transformer: nn.Module, *, directory: str | Path, **kwargs: Any) -> None:
+        if not isinstance(transformer, CausalWanTransformer3DModel):
+            raise ValueError(
+                f"CausalWanModel needs a CausalWanTransformer3DModel, not a {type(transformer).__name__}; load one "
+                "with CausalWanModel.from_pretrained"
+            )
+        super().__init__(transformer, directory=directory, **kwargs)
+        # Stock pipelines call the network without an adapter, in validation for instance: it knows its chunks itself.
+        transformer.layout = self.layout
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        init_from: str,
+        *,
+        chunk_size: int = 3,
+        local_window: int | None = None,
+        sink_frames: int = 0,
+        trainable: bool = False,
+        flow_shift: float | None = None,
+        dtype: str | torch.dtype = "float32",
+        weights: str | None = None,
+        gradient_checkpointing: bool = False,
+        attention_backend: str | None = None,
+        negative_prompt: str = "",
+        text_length: int = 512,
+    ) -> "CausalWanModel":
+        """Load a Wan pipeline directory or Hub repository, causal or not.
+
+        Args:
+            init_from: a local diffusers directory or a Hub id `owner/name`.
+            chunk_size: latent frames per chunk; 3 in CausVid and Self-Forcing.
+            local_window: latent frames before a chunk that it sees; None means all.
+            sink_frames: first latent frames that every chunk sees, also beyond its window.
+            trainable: whether this role is trained.
+            flow_shift: the noise schedule's shift; None reads it from the directory's scheduler.
+            dtype: of the weights; trainable roles want float32.
+            weights: a safetensors file in diffusers' key names that replaces the transformer's weights.
+            gradient_checkpointing: recompute activations in the backward pass.
+            attention_backend: a diffusers attention backend for passes without a mask: text, and streaming.
+            negative_prompt: see `ModelBase`.
+            text_length: see `ModelBase`.
+
+        Raises:
+            FileNotFoundError: if there is no such model.
+            ValueError: for weights that don't fit, an image-to-video network, an unknown dtype or attention backend, or
+                sizes that make no chunks.
+        """
+        directory = resolve_directory(init_from)
+        transformer = load_text_to_video(
+            CausalWanTransformer3DModel,
+            directory,
+            dtype=dtype,
+            weights=weights,
+            gradient_checkpointing=gradient_checkpointing,
+            attention_backend=attention_backend,
+        )
+        return cls(
+            transformer,
+            directory=directory,
+            chunk_size=chunk_size,
+            local_window=local_window,
+            sink_frames=sink_frames,
+            flow_shift=read_flow_shift(directory) if flow_shift is None else flow_shift,
+            trainable=trainable,
+            negative_prompt=negative_prompt,
+            text_length=text_length,
+        )
+
+    def predict_velocity(
+        self,
+        x_t: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        clean_history: Tensor | None = None,
+        history_sigma: Tensor | None = None,
+    ) -> Tensor:
+        """See `CausalModelBase.predict_velocity`."""
+        if clean_history is None:
+            if history_sigma is not None:
+                raise ValueError("history_sigma is the noise level of clean_history; give both or neither")
+            return self._velocity(x_t, sigma.float(), conditioning)
+        if clean_history.shape != x_t.shape:
+            raise ValueError(
+                f"clean_history has shape {tuple(clean_history.shape)} but x_t {tuple(x_t.shape)}; give the whole "
+                "clip, each chunk reads only what is before it"
+            )
+        if history_sigma is None:
+            history_sigma = torch.zeros(x_t.shape[0], device=x_t.device)
+        # No chunk sees the last one's clean copy.
+        length = x_t.shape[2] - self.chunk_size
+        frames = torch.cat([clean_history[:, :, :length].to(x_t.dtype), x_t], dim=2)
+        sigmas = torch.cat([_per_frame(history_sigma, x_t)[:, :length], _per_frame(sigma, x_t)], dim=1)
+        return self._velocity(frames, sigmas, conditioning, num_history_frames=length)
+
+    def predict_velocity_streaming(
+        self,
+        x_t: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        cache: KVCache,
+        start_frame: int,
+        store_kv: bool = False,
+    ) -> Tensor:
+        """See `CausalModelBase.predict_velocity_streaming`."""
+        self.check_chunk(x_t, start_frame)
+        assert conditioning.text is not None, "Wan has no network without text; see required_channels"
+        cache.use_text(conditioning.text)
+        return self._velocity(x_t, sigma.float(), conditioning, cache=cache, start_frame=start_frame, store_kv=store_kv)
+
+    def new_cache(
+        self, batch_size: int, latent_shape: Sequence[int], *, rolling: bool = False, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        """See `CausalModelBase.new_cache`."""
+        return KVCache(
+            **self.cache_sizes(batch_size, latent_shape, rolling=rolling),
+            sink_frames=self.sink_frames,
+            local_window=self.local_window,
+            device=self.device,
+            dtype=dtype or self.dtype,
+        )
+
+    def cache_sizes(self, batch_size: int, latent_shape: Sequence[int], *, rolling: bool = False) -> dict[str, int]:
+        """What `KVCache` and `KVCache.required_bytes` want to know of a clip; see `new_cache`."""
+        self.check_latent_shape(latent_shape)
+        _, capacity, height, width = latent_shape
+        if rolling:
+            if self.local_window is None:
+                raise ValueError(
+                    "a rolling cache keeps what a window shows, but local_window is null; set "
+                    "models.<role>.local_window"
+                )
+            capacity = min(capacity, self.sink_frames + self.local_window + self.chunk_size)
+        config = self.network_config
+        return {
+            "num_layers": config.num_layers,
+            "batch_size": batch_size,
+            "num_heads": config.num_attention_heads,
+            "head_dim": config.attention_head_dim,
+            "tokens_per_frame": (height // config.patch_size[1]) * (width // config.patch_size[2]),
+            "capacity_frames": capacity,
+        }
+
+    def _velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, **options: Any) -> Tensor:
+        assert conditioning.text is not None, "Wan has no network without text; see required_channels"
+        (velocity,) = self.transformer(
+            hidden_states=latents.to(self.dtype),
+            timestep=1000 * sigma,
+            encoder_hidden_states=conditioning.text.to(self.dtype),
+            return_dict=False,
+            **options,
+        )
+        return velocity.float()
+
+
+def _per_frame(sigma: Tensor, x_t: Tensor) -> Tensor:
+    """Sigma `[B]` or `[B, T]` as `[B, T]`, fp32."""
+    sigma = sigma.float()
+    return sigma if sigma.ndim == 2 else sigma[:, None].expand(-1, x_t.shape[2])
