@@ -8,6 +8,14 @@ __getattr__, __dir__, __all__ = attach(
         "base": ["LossTerm", "TrainingMethod"],
         "dmd2": ["DMD2Method"],
         "finetune": ["FineTuneMethod"],
-        "options": ["CfgUncondOptions", "DMD2Options", "FineTuneOptions", "MethodOptions", "OPTIONS_BY_TARGET"],
+        "options": [
+            "CfgUncondOptions",
+            "DMD2Options",
+            "FineTuneOptions",
+            "MethodOptions",
+            "OPTIONS_BY_TARGET",
+            "SelfForcingOptions",
+        ],
+        "self_forcing": ["SelfForcingMethod"],
     },
 )

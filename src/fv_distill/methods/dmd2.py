@@ -3,7 +3,7 @@
 Yin et al. 2024, "Improved distribution matching distillation for fast image synthesis", without its GAN term.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -76,22 +76,25 @@ class DMD2Method(TrainingMethod):
             self.student.negative_conditioning()
 
     def losses(self, role: str, batch: Mapping[str, Any], rng: SampleRng) -> Iterable[LossTerm]:
-        """One term: the DMD loss for the student, flow matching on the student's samples for the critic."""
-        yield self._student_loss(batch, rng) if role == "student" else self._critic_loss(batch, rng)
+        """The DMD loss for the student, flow matching on the student's samples for the critic."""
+        if role == "student":
+            yield from self._student_losses(self._prepare(batch), rng)
+        else:
+            yield self._critic_loss(self._prepare(batch), rng)
 
-    def _student_loss(self, batch: Mapping[str, Any], rng: SampleRng) -> LossTerm:
-        prepared = self._prepare(batch)
+    def _student_losses(self, prepared: PreparedBatch, rng: SampleRng) -> Iterator[LossTerm]:
         generated = self._rollout(prepared, rng, "student", grad=True)
+        self._keep_for_critic(generated, rng)
+        direction = self._direction(generated, prepared.conditioning, rng)
+        loss = direction_loss(generated, direction)
+        yield LossTerm(loss, {"loss/student": loss.detach(), "dmd/direction": direction.abs().mean()})
+
+    def _keep_for_critic(self, generated: Tensor, rng: SampleRng) -> None:
         if self.options.reuse_rollout:
             self._rollouts = {key: kept for key, kept in self._rollouts.items() if key[0] == rng.step}
             self._rollouts[rng.step, rng.sample_indices[0]] = generated.detach()
-        with torch.no_grad():
-            direction = self._direction(generated.detach(), prepared.conditioning, rng)
-        loss = direction_loss(generated, direction)
-        return LossTerm(loss, {"loss/student": loss.detach(), "dmd/direction": direction.abs().mean()})
 
-    def _critic_loss(self, batch: Mapping[str, Any], rng: SampleRng) -> LossTerm:
-        prepared = self._prepare(batch)
+    def _critic_loss(self, prepared: PreparedBatch, rng: SampleRng) -> LossTerm:
         generated = self._rollouts.pop((rng.step, rng.sample_indices[0]), None)
         if generated is None:
             generated = self._rollout(prepared, rng, "critic", grad=False)
@@ -102,8 +105,10 @@ class DMD2Method(TrainingMethod):
         loss = flow_matching_loss(velocity, flow.velocity_target(generated, noise))
         return LossTerm(loss, {"loss/critic": loss.detach()})
 
+    @torch.no_grad()
     def _direction(self, generated: Tensor, conditioning: Conditioning, rng: SampleRng) -> Tensor:
-        """The DMD direction at the student's samples; teacher and critic see the same noised copy."""
+        """The DMD direction at the student's samples, a constant; teacher and critic see the same noised copy."""
+        generated = generated.detach()
         sigma = self._draw_score_sigma(rng, "score/sigma")
         x_t = flow.add_noise(generated, rng.normal("score/noise", generated.shape[1:]), sigma)
         scale = self.options.real_score_guidance_scale

@@ -111,7 +111,37 @@ class DMD2Options(MethodOptions):
         return self
 
 
+class SelfForcingOptions(DMD2Options):
+    """DMD2 with a causal student that generates its own history, chunk by chunk."""
+
+    rollout_mode: Literal["simulate"] = Field(
+        "simulate", description="the student always samples from pure noise: its own history is the point"
+    )
+    chunk_size: int | None = Field(
+        None, ge=1, description="latent frames per chunk, for configs that state it; null takes the student's"
+    )
+    same_step_across_blocks: bool = Field(
+        True, description="one exit step for all chunks of a step, or one drawn for each chunk"
+    )
+    last_step_only: bool = Field(False, description="every chunk exits at the last denoising step")
+    context_noise: float = Field(
+        0.0, ge=0, lt=1, description="the noise level sigma at which a finished chunk becomes history"
+    )
+    enable_gradient_in_rollout: bool = Field(
+        True, description="false trains the critic alone on the student's rollouts, to warm it up"
+    )
+    start_gradient_frame: int = Field(
+        0, ge=0, description="latent frames before this one are generated, judged and seen, but get no gradient"
+    )
+    gradient_replay: bool = Field(
+        True,
+        description="roll out without gradients, then make each chunk's last call again with them: the same gradients "
+        "with one chunk's activations at a time; false keeps all of them at once",
+    )
+
+
 OPTIONS_BY_TARGET: dict[str, type[MethodOptions]] = {
     "fv_distill.methods.FineTuneMethod": FineTuneOptions,
     "fv_distill.methods.DMD2Method": DMD2Options,
+    "fv_distill.methods.SelfForcingMethod": SelfForcingOptions,
 }

@@ -1,19 +1,26 @@
 """Few-step sampling, shared by training (backward simulation, Yin et al. 2024b, sec. 4.5) and generation."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fv_distill.models.base import ModelBase
 from fv_distill.models.conditioning import Conditioning
 from fv_distill.schedules import flow
 
 NoiseAtStep = Callable[[int], Tensor]
 
 
+class VelocityNetwork(Protocol):
+    """What sampling needs of a student: `ModelBase`, or one chunk of a `CausalModelBase`."""
+
+    def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The velocity at `x_t` `[B, C, T, H, W]` and sigma `[B]`, fp32."""
+
+
 def few_step_rollout(
-    student: ModelBase,
+    student: VelocityNetwork,
     noise: Tensor,
     conditioning: Conditioning,
     sigmas: Sequence[float],
@@ -49,7 +56,7 @@ def few_step_rollout(
 
 @torch.no_grad()
 def few_step_sample(
-    student: ModelBase,
+    student: VelocityNetwork,
     noise: Tensor,
     conditioning: Conditioning,
     sigmas: Sequence[float],
