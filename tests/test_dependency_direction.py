@@ -20,7 +20,7 @@ ALLOWED_PARTS = {
     "rng": set(),
     "schedules": set(),
     "losses": set(),
-    "rollouts": {"schedules", "models.base", "models.conditioning", "rng"},
+    "rollouts": {"schedules", "models.base", "models.conditioning", "models.kv_cache", "rng"},
     "models": {"schedules", "rng", "lora"},
     "methods": {"losses", "rollouts", "schedules", "rng", "models.base", "models.conditioning"},
 }
@@ -39,7 +39,12 @@ FORBIDDEN = {
 # Exceptions to FORBIDDEN: the torch-free option fields, and the base classes that a trainer is written against.
 PERMITTED = {
     "config": {"fv_distill.methods.options"},
-    "training": {"fv_distill.methods.base", "fv_distill.models.base", "fv_distill.models.conditioning"},
+    "training": {
+        "fv_distill.methods.base",
+        "fv_distill.methods.options",
+        "fv_distill.models.base",
+        "fv_distill.models.conditioning",
+    },
     "callbacks": {"fv_distill.methods.base", "fv_distill.models.base"},
 }
 NO_CONCRETE_MODEL = {"data", "export"}

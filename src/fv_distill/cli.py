@@ -43,6 +43,22 @@ def train(words: Sequence[str]) -> None:
         run_training(config, dry_run=command_line.dry_run)
 
 
+def make_trajectories(words: Sequence[str]) -> None:
+    """Make the teacher paths that a KD config trains on; `accelerate launch -m fv_distill` shares them out."""
+    from .config.command_line import parse_run_config
+
+    config, command_line = parse_run_config(
+        make_trajectories.__doc__,
+        method_target=("fv_distill.methods.KDMethod", "fv_distill.methods.KDCausalMethod"),
+        argv=words,
+        prog="fv-distill make-trajectories",
+    )
+    with exit_on_user_error(debug=command_line.debug):
+        from .training.run import run_make_trajectories
+
+        run_make_trajectories(config, dry_run=command_line.dry_run)
+
+
 def export(words: Sequence[str]) -> None:
     """Make a diffusers directory of a training checkpoint, on one process, whatever the run's world size was."""
     parser = argparse.ArgumentParser(prog="fv-distill export", description=export.__doc__, allow_abbrev=False)
@@ -148,6 +164,7 @@ def demo_script() -> Path:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train, "train what a YAML file describes"),
+    "make-trajectories": (make_trajectories, "make the teacher paths that knowledge distillation trains on"),
     "export": (export, "make a diffusers directory of a checkpoint"),
     "convert-wan": (convert_wan, "turn original Wan or Self-Forcing weights into a diffusers directory, or back"),
     "demo": (demo, "distil and measure a student of handwritten digits"),

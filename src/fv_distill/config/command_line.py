@@ -25,7 +25,7 @@ class CommandLine:
 def parse_run_config(
     description: str | None,
     *,
-    method_target: str | None = None,
+    method_target: str | Sequence[str] | None = None,
     argv: Sequence[str] | None = None,
     prog: str | None = None,
 ) -> tuple[RunConfig, CommandLine]:
@@ -33,13 +33,15 @@ def parse_run_config(
 
     Args:
         description: what `--help` says above the list of keys.
-        method_target: the script's method; a config for another one is refused, and `--help` lists its options.
+        method_target: the script's method or methods; a config for another one is refused, and `--help` lists their
+            options.
         argv: arguments; None takes the process's.
         prog: the program's name in `--help`; None takes the process's.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    targets = (method_target,) if isinstance(method_target, str) else tuple(method_target or ())
     # The list of keys is only made for --help, which is rarer than runs.
-    epilog = describe_keys(method_target) if {"-h", "--help"} & set(words) else None
+    epilog = describe_keys(targets) if {"-h", "--help"} & set(words) else None
     known, overrides = _parser(description, epilog, prog).parse_known_args(words)
     # Quoted, because overrides are YAML and a path may look like anything.
     if known.resume_from_checkpoint is not None:
@@ -50,15 +52,15 @@ def parse_run_config(
         overrides.append("--training.overwrite=true")
     with exit_on_user_error(debug=known.debug):
         config = load_run_config(known.config, overrides)
-        if method_target is not None:
-            _check_method(config.method.target, method_target)
+        if targets:
+            _check_method(config.method.target, targets)
     return config, CommandLine(dry_run=known.dry_run, debug=known.debug)
 
 
-def _check_method(given: str, expected: str) -> None:
-    if given != expected and resolve_target(given) is not resolve_target(expected):
+def _check_method(given: str, expected: Sequence[str]) -> None:
+    if given not in expected and resolve_target(given) not in [resolve_target(target) for target in expected]:
         raise ConfigError(
-            f"method._target_={given!r}, but this script trains {expected}; "
+            f"method._target_={given!r}, but this script trains {' or '.join(expected)}; "
             "use that method's script or `fv-distill train`"
         )
 

@@ -17,14 +17,14 @@ from .schema import RunConfig
 _WIDTH = 118
 
 
-def describe_keys(method_target: str | None = None) -> str:
-    """Every key with type, default and meaning; the options of one method, or of all."""
+def describe_keys(method_targets: Sequence[str] = ()) -> str:
+    """Every key with type, default and meaning; the options of the given methods, or of all."""
     lines = ["config keys, each of which can be overridden as --dotted.key VALUE:", ""]
     lines += _describe_model(RunConfig, "")
-    targets = [method_target] if method_target in OPTIONS_BY_TARGET else list(OPTIONS_BY_TARGET)
-    for target in targets:
+    known = [target for target in method_targets if target in OPTIONS_BY_TARGET]
+    for target in known or OPTIONS_BY_TARGET:
         lines += ["", f"options of {target}:", ""]
-        lines += _describe_model(OPTIONS_BY_TARGET[str(target)], "method.")
+        lines += _describe_model(OPTIONS_BY_TARGET[target], "method.")
     return "\n".join(lines)
 
 

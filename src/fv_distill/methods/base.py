@@ -36,6 +36,9 @@ class TrainingMethod(ABC):
     trainable_roles: ClassVar[tuple[str, ...]]
     frozen_roles: ClassVar[tuple[str, ...]] = ()
 
+    cache_roles: ClassVar[tuple[str, ...]] = ()
+    """Roles that make the method's training data beforehand, and that a config may therefore name."""
+
     few_step_sigmas: tuple[float, ...] | None = None
     """The levels that the trained student is sampled at, without the final 0; None for a many-step model."""
 

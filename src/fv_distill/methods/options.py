@@ -1,5 +1,6 @@
 """The options of every method as typed fields, free of torch so that `--help` and config checks are quick."""
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -140,8 +141,111 @@ class SelfForcingOptions(DMD2Options):
     )
 
 
+class DiffusionForcingSFTOptions(MethodOptions):
+    """Flow matching with a noise level of its own for every chunk."""
+
+    chunk_size: int = Field(3, ge=1, description="latent frames that share a noise level")
+    min_timestep_ratio: float = Field(0.0, ge=0, lt=1, description="smallest sigma before the flow shift")
+    max_timestep_ratio: float = Field(1.0, gt=0, le=1, description="largest sigma before the flow shift")
+    weighting: Literal["gaussian", "gaussian_index", "none"] = Field(
+        "gaussian",
+        description="loss weight of a frame: Self-Forcing's bell over the shifted timestep, the same bell over the "
+        "timestep before the shift, or 1",
+    )
+    teacher_forcing: bool = Field(
+        False, description="chunks see the clean chunks before them, not their noisy copies; needs a causal student"
+    )
+    history_noise: float = Field(
+        0.0, ge=0, lt=1, description="with teacher_forcing: the history's noise level is drawn between 0 and this sigma"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "DiffusionForcingSFTOptions":
+        if self.min_timestep_ratio >= self.max_timestep_ratio:
+            raise ValueError(
+                f"min_timestep_ratio={self.min_timestep_ratio:g} must be below max_timestep_ratio="
+                f"{self.max_timestep_ratio:g}"
+            )
+        if self.history_noise and not self.teacher_forcing:
+            raise ValueError(
+                f"history_noise={self.history_noise:g} has no history to act on; set teacher_forcing: true"
+            )
+        return self
+
+
+class TrajectoryOptions(MethodOptions):
+    """Which sampling paths of the teacher are made, and where they are kept."""
+
+    teacher_path_cache: str | None = Field(
+        None, description="directory of the teacher's paths, made on first use; null trains on rows that hold paths"
+    )
+    t_list: tuple[float, ...] = Field(
+        (999, 937, 833, 624, 0),
+        description="timesteps of the states that are learned from, falling; the first, from 999 up, is pure noise and "
+        "the last, 0, the target",
+    )
+    student_sample_steps: int | None = Field(
+        None, ge=1, description="steps of the student, for configs that state them: one less than t_list has entries"
+    )
+    teacher_guidance_scale: float = Field(
+        3.0, ge=0, description="guidance of the paths, uncond + scale (cond - uncond); 1 skips the unconditional pass"
+    )
+    teacher_inference_steps: int = Field(48, ge=1, description="Euler steps of a path")
+    trajectories_per_row: int = Field(1, ge=1, description="paths from each row of the data, each from its own noise")
+    trajectory_batch_size: int = Field(8, ge=1, description="paths made at once by a process")
+    trajectories_per_file: int = Field(64, ge=1, description="paths per parquet file; a killed run redoes one at most")
+    store_all_states: bool = Field(False, description="keep every state of a path, for other lists of timesteps later")
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The levels of `t_list`, from 1 to 0."""
+        return (1.0, *(t / 1000 for t in self.t_list[1:]))
+
+    @model_validator(mode="after")
+    def _describe_a_path(self) -> "TrajectoryOptions":
+        t_list = self.t_list
+        if len(t_list) < 2 or not 999 <= t_list[0] <= 1000 or t_list[-1] != 0:
+            raise ValueError(f"t_list={list(t_list)} must go from 999 (pure noise) to 0 (the target)")
+        if any(a <= b for a, b in pairwise(t_list)):
+            raise ValueError(f"t_list={list(t_list)} must fall strictly")
+        if self.student_sample_steps not in (None, len(t_list) - 1):
+            raise ValueError(
+                f"student_sample_steps={self.student_sample_steps} contradicts t_list, which makes {len(t_list) - 1} "
+                "steps; leave the former out"
+            )
+        if self.teacher_inference_steps < len(t_list) - 1:
+            raise ValueError(
+                f"teacher_inference_steps={self.teacher_inference_steps} must be at least the {len(t_list) - 1} steps "
+                "of t_list"
+            )
+        return self
+
+
+class KDOptions(TrajectoryOptions):
+    """Regression of the end of a teacher's path from its earlier states."""
+
+    kd_loss: Literal["half_mse", "mse"] = Field("half_mse", description="0.5 times the mean squared error on x0, or 1")
+    student_sample_type: Literal["sde", "ode"] = Field(
+        "ode", description="how the student is sampled: along a path, as it was trained, or with fresh noise each step"
+    )
+
+
+class KDCausalOptions(KDOptions):
+    """The same for a causal student, with a state drawn per block of frames."""
+
+    num_frames_per_block: int | None = Field(
+        None, ge=1, description="latent frames that share a state; null takes the student's chunk_size"
+    )
+    teacher_forcing: bool = Field(
+        False, description="chunks see the ends of the path before them, as when streaming, not other noisy states"
+    )
+
+
 OPTIONS_BY_TARGET: dict[str, type[MethodOptions]] = {
     "fv_distill.methods.FineTuneMethod": FineTuneOptions,
     "fv_distill.methods.DMD2Method": DMD2Options,
+    "fv_distill.methods.DiffusionForcingSFTMethod": DiffusionForcingSFTOptions,
+    "fv_distill.methods.KDMethod": KDOptions,
+    "fv_distill.methods.KDCausalMethod": KDCausalOptions,
     "fv_distill.methods.SelfForcingMethod": SelfForcingOptions,
 }

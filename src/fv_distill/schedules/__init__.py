@@ -7,7 +7,14 @@ __getattr__, __dir__, __all__ = attach(
     {
         "flow": ["add_noise", "guide", "velocity_target", "velocity_to_noise", "velocity_to_x0", "x0_to_velocity"],
         "shift": ["shift_sigma", "unshift_sigma"],
-        "timesteps": ["density_sigma", "logit_normal_sigma", "mode_sigma", "score_sigma", "uniform_sigma"],
+        "timesteps": [
+            "density_sigma",
+            "gaussian_timestep_weight",
+            "logit_normal_sigma",
+            "mode_sigma",
+            "score_sigma",
+            "uniform_sigma",
+        ],
         "few_step": ["few_step_sigmas"],
     },
 )

@@ -15,6 +15,8 @@ DENSITIES = ("uniform", "logit_normal", "mode")
 # A uniform draw of exactly 0 or 1 has no finite normal quantile.
 _EDGE = 1e-6
 
+_NUM_TIMESTEPS = 1000
+
 
 def uniform_sigma(u: Tensor) -> Tensor:
     """sigma = u."""
@@ -54,3 +56,23 @@ def density_sigma(
 def score_sigma(u: Tensor, *, shift: float, minimum: float = 0.02, maximum: float = 0.98) -> Tensor:
     """The sigma at which teacher and critic score a sample: `u` shifted, then clamped to [minimum, maximum]."""
     return shift_sigma(u.float(), shift).clamp(minimum, maximum)
+
+
+def gaussian_timestep_weight(sigma: Tensor, *, flow_shift: float) -> Tensor:
+    """Self-Forcing's training weight: a bell over the timestep t = 1000 sigma, of mean 1 over the training schedule.
+
+    `exp(-2 ((t - N/2) / N)^2)` minus its minimum, scaled to sum to N, both over the N = 1000 shifted timesteps (Huang
+    et al. 2025, published code). The constants come from that table whatever the student's own levels are: over a few
+    levels alone the minimum may be all there is.
+
+    Args:
+        sigma: levels of any shape, in [0, 1].
+        flow_shift: the shift of the schedule that the table is made of.
+    """
+    table = _bell(shift_sigma(torch.arange(_NUM_TIMESTEPS, 0, -1, dtype=torch.float64) / _NUM_TIMESTEPS, flow_shift))
+    scale = _NUM_TIMESTEPS / (table - table.min()).sum()
+    return ((_bell(sigma.double()) - table.min()) * scale).clamp(min=0).float()
+
+
+def _bell(sigma: Tensor) -> Tensor:
+    return torch.exp(-2 * (sigma - 0.5).square())

@@ -24,11 +24,13 @@ from fv_distill.export.hub import push_directory
 from fv_distill.export.scheduler import few_step_scheduler
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.models.base import ModelBase
+from fv_distill.rollouts.ode import STATES
 
 from .checkpoint import complete_checkpoints, find_checkpoint
 from .sharding import make_accelerator
 from .tracking import CONFIG_FILE, METRICS_FILE
 from .trainer import Trainer
+from .trajectories import TrajectoryCache, trajectory_options
 
 # What a run writes into its output directory; --overwrite removes these and nothing else.
 RUN_FILES = (CONFIG_FILE, METRICS_FILE, "checkpoints", "logs", "validation")
@@ -62,11 +64,32 @@ def run_training(config: RunConfig, *, dry_run: bool = False) -> Path:
     return Path(config.training.output_dir)
 
 
+def run_make_trajectories(config: RunConfig, *, dry_run: bool = False) -> Path:
+    """Make the teacher paths of `method.teacher_path_cache` without training, and return that directory.
+
+    Raises:
+        ValueError: as `build_trajectory_dataset` does, or if the config names no directory for them.
+    """
+    options = trajectory_options(config)
+    if options is None or options.teacher_path_cache is None:
+        raise ValueError("method.teacher_path_cache is null; set the directory that the paths go to")
+    _quieten_libraries()
+    accelerator = make_accelerator(
+        output_dir=config.training.output_dir, mixed_precision=config.training.distributed.mixed_precision
+    )
+    build_trajectory_dataset(config, accelerator, dry_run=dry_run)
+    accelerator.end_training()
+    return Path(options.teacher_path_cache)
+
+
 def build_trainer(config: RunConfig, *, dry_run: bool = False) -> Trainer:
     """The trainer of a config, in the order in which mistakes are cheapest to find."""
     accelerator = build_accelerator(config, dry_run=dry_run)
-    dataset = build_dataset(config)
-    models = build_models(config)
+    if trajectory_options(config) is None:
+        dataset = build_dataset(config)
+    else:
+        dataset = build_trajectory_dataset(config, accelerator, dry_run=dry_run)
+    models = build_models(config, [role for role in config.models if role not in _method_class(config).cache_roles])
     method = build_method(config, models)
     check_run(dataset, method, config)
     return Trainer(accelerator, method, dataset, config, build_callbacks(config))
@@ -99,6 +122,29 @@ def build_dataset(config: RunConfig) -> ParquetDataset:
     """The rows of `training.data`."""
     data = config.training.data
     return ParquetDataset(data.data_path, on_bad_row=data.on_bad_row, cache_dir=data.cache_dir)
+
+
+def build_trajectory_dataset(config: RunConfig, accelerator: Accelerator, *, dry_run: bool = False) -> ParquetDataset:
+    """The teacher's sampling paths as rows; those that `method.teacher_path_cache` lacks are made first.
+
+    Once all are there the config needs no teacher any more. A dry run makes none, and takes the data's own rows.
+
+    Raises:
+        ValueError: if the directory holds paths of something else, or some are missing and there is no teacher.
+    """
+    rows = build_dataset(config)
+    cache = TrajectoryCache(config, rows)
+    if cache.missing and dry_run:
+        console.print(f"{cache.num_paths} teacher paths would be made in {cache.directory}", highlight=False)
+        return rows
+    if cache.missing:
+        if "teacher" not in config.models:
+            raise ValueError(
+                f"method.teacher_path_cache: {cache.directory} lacks {len(cache.missing)} of {cache.num_files} files; "
+                "set models.teacher to make them"
+            )
+        cache.make(accelerator, build_model(config, "teacher"))
+    return cache.open()
 
 
 def build_models(config: RunConfig, roles: Sequence[str] | None = None) -> dict[str, ModelBase]:
@@ -137,12 +183,17 @@ def build_model(config: RunConfig, role: str) -> ModelBase:
 
 def build_method(config: RunConfig, models: Mapping[str, ModelBase]) -> TrainingMethod:
     """The method of the config over its adapters."""
+    kind = _method_class(config)
+    return kind(models, kind.options_class.model_validate(config.method.options))
+
+
+def _method_class(config: RunConfig) -> type[TrainingMethod]:
     kind = resolve_target(config.method.target)
     if not (isinstance(kind, type) and issubclass(kind, TrainingMethod)):
         raise TypeError(
             f"method._target_: {config.method.target} is not a subclass of fv_distill.methods.TrainingMethod"
         )
-    return kind(models, kind.options_class.model_validate(config.method.options))
+    return kind
 
 
 def build_callbacks(config: RunConfig) -> CallbackDict:
@@ -160,6 +211,8 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
     row, student = dataset[0], method.models["student"]
     if "vae_latent" in row:
         student.check_latent_shape(tuple(row["vae_latent"].shape), num_frames=row.get("num_frames"))
+    elif STATES in row:
+        student.check_latent_shape(tuple(row[STATES].shape[1:]))
     elif config.training.data.latent_shape is not None:
         student.check_latent_shape(config.training.data.latent_shape)
     else:

@@ -13,6 +13,7 @@ from fv_distill.data.loader import BatchPlan, build_loader
 from fv_distill.data.parquet import ParquetDataset
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.rng import SampleRng
+from fv_distill.rollouts.ode import STATES
 
 from .checkpoint import CheckpointManager
 from .roles import prepare_roles
@@ -137,10 +138,12 @@ class Trainer:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """`[C, T, H, W]` of what is trained on: the clips', or `training.data.latent_shape` for text-only rows."""
+        """`[C, T, H, W]` of what is trained on: the clips', the paths', or `training.data.latent_shape`."""
         row = self.dataset[0]
         if "vae_latent" in row:
             return tuple(row["vae_latent"].shape)
+        if STATES in row:
+            return tuple(row[STATES].shape[1:])
         assert self.config.training.data.latent_shape is not None, "checked before training"
         return self.config.training.data.latent_shape
 
