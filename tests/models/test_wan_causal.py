@@ -249,6 +249,7 @@ def test_x0_follows_from_the_velocity(load):
         assert torch.equal(x0, flow.velocity_to_x0(x_t, velocity, sigma))
         where = {"cache": model.new_cache(2, SHAPE), "start_frame": 0}
         velocity = model.predict_velocity_streaming(x_t[:, :, :2], SIGMA, conditioning(), **where)
+        assert where["cache"].num_frames == 0, "a denoising step stores nothing unless told to"
         x0 = model.predict_x0_streaming(x_t[:, :, :2], SIGMA, conditioning(), **where, store_kv=True)
         assert torch.equal(x0, flow.velocity_to_x0(x_t[:, :, :2], velocity, SIGMA))
         assert where["cache"].num_frames == 2
