@@ -12,6 +12,9 @@ from tiny_models import TEXT_LENGTH
 
 from fv_distill.training import run_training_from_config
 
+# Three chunks, as the tiny rows have three latent frames.
+CAUSAL = {"_target_": "fv_distill.models.CausalWanModel", "chunk_size": 1}
+
 
 def dmd2_config(model: Path, rows: Path, output_dir: Path) -> dict[str, Any]:
     """Every second step also updates the student; schedules, averaging and clipping are all at work."""
@@ -40,6 +43,55 @@ def finetune_config(model: Path, rows: Path, output_dir: Path) -> dict[str, Any]
         "method": {"_target_": "fv_distill.methods.FineTuneMethod"},
         "training": _training(rows, output_dir),
     }
+
+
+def kd_config(model: Path, rows: Path, output_dir: Path) -> dict[str, Any]:
+    """Paths of three states, two from each row."""
+    return {
+        "models": {
+            "student": {"init_from": str(model), "trainable": True},
+            "teacher": {"init_from": str(model), "negative_prompt": "bad"},
+        },
+        "method": {
+            "_target_": "fv_distill.methods.KDMethod",
+            "teacher_path_cache": str(output_dir.with_name(f"{output_dir.name}-paths")),
+            "t_list": [999, 500, 0],
+            "teacher_inference_steps": 4,
+            "trajectories_per_row": 2,
+            "trajectories_per_file": 3,
+            "trajectory_batch_size": 2,
+        },
+        "training": _training(rows, output_dir),
+    }
+
+
+def causal_kd_config(model: Path, rows: Path, output_dir: Path) -> dict[str, Any]:
+    """The same for a causal student."""
+    config = kd_config(model, rows, output_dir)
+    config["models"]["student"] |= CAUSAL
+    config["method"]["_target_"] = "fv_distill.methods.KDCausalMethod"
+    return config
+
+
+def dfsft_config(model: Path, rows: Path, output_dir: Path) -> dict[str, Any]:
+    """Teacher forcing with a causal student."""
+    return {
+        "models": {"student": {"init_from": str(model), "trainable": True, **CAUSAL}},
+        "method": {
+            "_target_": "fv_distill.methods.DiffusionForcingSFTMethod",
+            "chunk_size": 1,
+            "teacher_forcing": True,
+        },
+        "training": _training(rows, output_dir),
+    }
+
+
+def self_forcing_config(model: Path, rows: Path, output_dir: Path) -> dict[str, Any]:
+    """As `dmd2_config`, with a causal student."""
+    config = dmd2_config(model, rows, output_dir)
+    config["models"]["student"] |= CAUSAL
+    config["method"]["_target_"] = "fv_distill.methods.SelfForcingMethod"
+    return config
 
 
 def _training(rows: Path, output_dir: Path) -> dict[str, Any]:

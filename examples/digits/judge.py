@@ -14,13 +14,13 @@ JUDGE_FILE = Path(__file__).with_name("judge.safetensors")
 class Judge(nn.Module):
     """Two small towers: one sees each frame alone and names the digit, one sees all frames and names the direction."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_frames: int = NUM_FRAMES) -> None:
         super().__init__()
         self.digit_tower = nn.Sequential(
             *_conv(1, 32, stride=1), *_conv(32, 64, stride=2), *_conv(64, 96, stride=1), *_pooled(96, 48)
         )
         self.motion_tower = nn.Sequential(
-            *_conv(NUM_FRAMES, 24, kernel=5, stride=1), *_conv(24, 32, kernel=5, stride=2), *_conv(32, 32, stride=2),
+            *_conv(num_frames, 24, kernel=5, stride=1), *_conv(24, 32, kernel=5, stride=2), *_conv(32, 32, stride=2),
             nn.Flatten(), nn.Linear(32 * 16, 24), nn.ReLU(),
         )  # fmt: skip
         self.digit_head = nn.Linear(48, 10)
@@ -50,9 +50,10 @@ class Judge(nn.Module):
 
 
 def load_judge(path: Path = JUDGE_FILE) -> Judge:
-    """The judge that the repository ships, ready to use."""
-    judge = Judge()
-    judge.load_state_dict(load_file(path))
+    """A judge that the repository ships, ready to use."""
+    weights = load_file(path)
+    judge = Judge(num_frames=weights["motion_tower.0.weight"].shape[1])
+    judge.load_state_dict(weights)
     return judge.eval()
 
 

@@ -7,5 +7,6 @@ __getattr__, __dir__, __all__ = attach(
     {
         "autoregressive": ["Rollout", "autoregressive_rollout", "store_context", "stream_chunks"],
         "few_step": ["few_step_rollout", "few_step_sample"],
+        "ode": ["ode_trajectory", "trajectory_sigmas"],
     },
 )
