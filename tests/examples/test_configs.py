@@ -10,16 +10,12 @@ from diffusers import WanTransformer3DModel
 
 from fv_distill.config import load_run_config
 from fv_distill.export import few_step_scheduler
-from fv_distill.methods import DMD2Options, FineTuneOptions
+from fv_distill.methods import OPTIONS_BY_TARGET, DMD2Options, TrajectoryOptions
 from fv_distill.models import WanModel
 from fv_distill.schedules import few_step_sigmas
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "examples/configs").rglob("*.yaml"))
-OPTIONS = {
-    "fv_distill.methods.DMD2Method": DMD2Options,
-    "fv_distill.methods.FineTuneMethod": FineTuneOptions,
-}
 
 # `transformer/config.json` of the two repositories on the Hub.
 PUBLISHED = {
@@ -64,16 +60,20 @@ def test_config_is_valid(path):
     config = load_run_config(path)
     assert not config.allow_unknown_keys
     assert path.parent.name in config.training.output_dir
-    options = OPTIONS[config.method.target].model_validate(config.method.options)
+    options = OPTIONS_BY_TARGET[config.method.target].model_validate(config.method.options)
     for role, model in config.models.items():
         local = model.init_from.startswith("examples/")
         assert (ROOT / model.init_from / "model_index.json").is_file() if local else model.init_from in PUBLISHED, role
     data_path = config.training.data.data_path
     assert isinstance(data_path, str)
     assert data_path.startswith("data/") or list((ROOT / data_path).glob("*.parquet"))
+    sigmas = None
     if isinstance(options, DMD2Options):
         shift = config.models["student"].flow_shift or 3.0
         sigmas = few_step_sigmas(options.dmd_denoising_steps, flow_shift=shift, warp=options.warp_denoising_step)
+    elif isinstance(options, TrajectoryOptions):
+        sigmas = options.sigmas[:-1]
+    if sigmas is not None:
         scheduler = few_step_scheduler(sigmas, sample_type=options.student_sample_type)
         scheduler.set_timesteps(len(sigmas))
         assert scheduler.sigmas.tolist() == pytest.approx([*sigmas, 0.0], abs=1e-5)
@@ -81,8 +81,9 @@ def test_config_is_valid(path):
 
 def test_every_kind_of_config_is_there():
     names = {f"{path.parent.name}/{path.stem}" for path in CONFIGS}
-    methods, models = ("dmd2", "finetune"), ("digits", "wan2.1_1.3b", "wan2.1_14b")
-    assert names >= {f"{method}/{model}" for method in methods for model in models}
+    methods = ("dmd2", "finetune", "kd", "kd_causal", "dfsft", "self_forcing")
+    assert names >= {f"{method}/{model}" for method in methods for model in ("digits", "wan2.1_1.3b")}
+    assert names >= {f"{method}/wan2.1_14b" for method in ("dmd2", "finetune")}
 
 
 def test_published_networks_have_the_published_size(published):

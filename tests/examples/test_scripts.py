@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 from tiny_runs import (
     assert_same_state,
+    causal_kd_config,
     checkpoint,
+    dfsft_config,
     dmd2_config,
     finetune_config,
+    kd_config,
     metadata,
     metric_lines,
     metrics,
+    self_forcing_config,
     train,
     write_config,
 )
@@ -79,6 +83,31 @@ def test_the_bare_loop_has_the_same_losses_to_the_last_bit(dmd2, dmd2_from_yaml_
     ]
     assert metrics(folder / "bare") == expected
     assert ["loss/student" in line for line in expected] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("script", "make", "num_networks", "num_optimizers"),
+    [
+        ("train_kd.py", kd_config, 1, 1),
+        ("train_kd.py", causal_kd_config, 1, 1),
+        ("train_dfsft.py", dfsft_config, 1, 1),
+        ("train_self_forcing.py", self_forcing_config, 3, 2),
+    ],
+    ids=["kd", "causal kd", "dfsft", "self-forcing"],
+)
+def test_the_causal_line_resumed_equals_uninterrupted(
+    tiny_wan, tiny_rows, tmp_path, script, make, num_networks, num_optimizers
+):
+    """The script, ended after two steps and resumed; and four steps at once from the YAML alone."""
+    config = make(tiny_wan, tiny_rows, tmp_path / "parts")
+    words = (EXAMPLES / script, "--config", write_config(config, tmp_path / "run.yaml"))
+    start("-m", *ACCELERATE, *words, "--training.loop.max_train_steps=2")
+    start(*words, "--resume-from-checkpoint", "latest")
+    whole = train(config, {"training.output_dir": str(tmp_path / "whole")})
+    assert metric_lines(tmp_path / "parts") == metric_lines(whole)
+    assert [line["step"] for line in metrics(whole)] == [1, 2, 3, 4]
+    last = [checkpoint(run, 4) for run in (tmp_path / "parts", whole)]
+    assert_same_state(*last, num_networks=num_networks, num_optimizers=num_optimizers)
 
 
 def test_finetune_resumed_equals_uninterrupted(tiny_wan, tiny_rows, folder):

@@ -182,7 +182,7 @@ class TrajectoryOptions(MethodOptions):
     t_list: tuple[float, ...] = Field(
         (999, 937, 833, 624, 0),
         description="timesteps of the states that are learned from, falling; the first, from 999 up, is pure noise and "
-        "the last, 0, the target",
+        "the last, 0, the target. An export needs exact ones: 1000, 937.5, 833.3333, 625, 0 instead of the default",
     )
     student_sample_steps: int | None = Field(
         None, ge=1, description="steps of the student, for configs that state them: one less than t_list has entries"
