@@ -123,6 +123,28 @@ def convert_wan(words: Sequence[str]) -> None:
     console.print(f"converted {args.input} to {args.output}", highlight=False, markup=False, soft_wrap=True)
 
 
+def generate(words: Sequence[str]) -> None:
+    """Make a video with a model: chunk by chunk with a causal student, else with its diffusers pipeline."""
+    parser = argparse.ArgumentParser(prog="fv-distill generate", description=generate.__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, metavar="DIR", help="an export, a diffusers directory or a Hub id")
+    parser.add_argument("--prompt", required=True, help="what to show")
+    parser.add_argument("--output", type=Path, default=Path("out.mp4"), metavar="FILE", help=".mp4 (default) or .gif")
+    parser.add_argument("--stream", action="store_true", help="print each chunk's latency; causal students only")
+    parser.add_argument("--num-frames", type=int, metavar="N", help="default: as long as the training clips")
+    parser.add_argument("--num-inference-steps", type=int, metavar="N", help="of a model that was not distilled")
+    parser.add_argument("--height", type=int, help="in pixels (default: the training clips')")
+    parser.add_argument("--width", type=int, help="in pixels (default: the training clips')")
+    parser.add_argument("--fps", type=float, default=16, help="of the file (default: 16)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--device", help="default: an accelerator where there is one")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    args = parser.parse_args(words)
+    with exit_on_user_error(debug=args.debug):
+        from .generate import generate_video
+
+        generate_video(args)
+
+
 def demo(words: Sequence[str]) -> None:
     """Distil a tiny Wan teacher of handwritten digits into a few-step student, and measure both; minutes on a CPU."""
     parser = argparse.ArgumentParser(prog="fv-distill demo", description=demo.__doc__, allow_abbrev=False)
@@ -167,5 +189,6 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "make-trajectories": (make_trajectories, "make the teacher paths that knowledge distillation trains on"),
     "export": (export, "make a diffusers directory of a checkpoint"),
     "convert-wan": (convert_wan, "turn original Wan or Self-Forcing weights into a diffusers directory, or back"),
+    "generate": (generate, "make a video with a model, streamed where it is causal"),
     "demo": (demo, "distil and measure a student of handwritten digits"),
 }

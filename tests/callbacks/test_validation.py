@@ -1,3 +1,4 @@
+import functools
 import json
 import random
 from types import SimpleNamespace
@@ -83,7 +84,9 @@ def fake_trainer(tiny_wan, *, rank=0, num_processes=1, sigmas=(1.0, 0.5), callba
 def clips_of(callback, trainer, steps=2):
     callback.on_train_start(trainer)
     with torch.no_grad():
-        return callback._generate(trainer, callback._build_pipeline(trainer), steps)
+        return callback._share(
+            trainer, functools.partial(callback._sample, trainer, callback._build_pipeline(trainer), steps)
+        )
 
 
 def test_a_run_leaves_videos_a_sheet_and_tracker_entries(tiny_wan, tiny_rows, tmp_path, prompts):
@@ -123,20 +126,50 @@ def test_training_is_the_same_with_and_without(tiny_wan, tiny_rows, tmp_path, pr
 
 def test_the_averaged_weights_are_shown(tiny_wan, tiny_rows, tmp_path, prompts, monkeypatch):
     seen = []
-    generate = ValidationCallback._generate
+    sample = ValidationCallback._sample
 
-    def spy(self, trainer, pipeline, steps):
+    def spy(self, trainer, pipeline, steps, index):
         average = trainer.callbacks["ema"].module.state_dict()
         own = pipeline.transformer.state_dict()
         seen.append(all(torch.equal(own[key], value) for key, value in average.items()))
-        return generate(self, trainer, pipeline, steps)
+        return sample(self, trainer, pipeline, steps, index)
 
-    monkeypatch.setattr(ValidationCallback, "_generate", spy)
+    monkeypatch.setattr(ValidationCallback, "_sample", spy)
     validation = {"validation": {"dataset_file": prompts, "every_steps": 2}}
     trainer = trained(dmd2_config(tiny_wan, tiny_rows, tmp_path / "run", callbacks=validation))
-    assert seen == [True]
+    assert seen == [True] * len(PROMPTS)
     average, own = trainer.callbacks["ema"].module, trainer.models["student"].transformer
     assert not torch.equal(average.proj_out.weight, own.proj_out.weight), "the student's own weights are back"
+
+
+def test_a_causal_student_is_streamed_not_sampled_by_a_pipeline(tiny_wan, tiny_rows, tmp_path, prompts, monkeypatch):
+    from tiny_runs import self_forcing_config
+
+    from fv_distill.callbacks.video_files import best_suffix
+
+    monkeypatch.setattr(ValidationCallback, "_build_pipeline", None)
+    config = self_forcing_config(tiny_wan, tiny_rows, tmp_path / "run")
+    config["callbacks"]["validation"] = {"dataset_file": prompts, "every_steps": 2}
+    with_validation = trained(RunConfig.model_validate(config))
+    folder = tmp_path / "run" / "validation" / "step-00000002"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *(f"{index:03d}_2-steps{best_suffix()}" for index in range(3)), "contact_sheet_2-steps.png",
+    ]  # fmt: skip
+    del config["callbacks"]["validation"]
+    config["training"]["output_dir"] = str(tmp_path / "without")
+    without = trained(RunConfig.model_validate(config))
+    weights, expected = (trainer.models["student"].transformer.state_dict() for trainer in (with_validation, without))
+    assert all(torch.equal(value, expected[key]) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("change", [{"guidance_scale": 3.0}, {"num_frames": 17}])
+def test_what_streaming_has_no_use_for_is_refused(tiny_wan, tiny_rows, tmp_path, prompts, change):
+    from tiny_runs import self_forcing_config
+
+    config = self_forcing_config(tiny_wan, tiny_rows, tmp_path / "run")
+    config["callbacks"]["validation"] = {"dataset_file": prompts, **change}
+    with pytest.raises(ValueError, match=rf"callbacks.validation.{next(iter(change))}=.* is streamed"):
+        trained(RunConfig.model_validate(config))
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])

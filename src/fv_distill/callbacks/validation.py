@@ -1,9 +1,10 @@
 """Videos of the student during training, made by a diffusers pipeline."""
 
+import functools
 import inspect
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from fv_distill.config.validation import unknown_key
 from fv_distill.console import console
 from fv_distill.export.call_arguments import training_call_arguments
 from fv_distill.export.scheduler import few_step_scheduler
+from fv_distill.generation import even_sigmas, stream_clip
+from fv_distill.models.base import CausalModelBase
 from fv_distill.rng import derive_seed, generator_for
 from fv_distill.training.sharding import reshard, unwrap
 
@@ -100,7 +103,9 @@ class ValidationCallback(Callback):
         """Complete the pipeline's arguments, say where videos go, and fail now if the student can't be sampled."""
         if self.sigmas is None:
             self.sigmas = trainer.method.few_step_sigmas
-        if self.sigmas is not None:
+        if isinstance(trainer.models["student"], CausalModelBase):
+            self._check_streaming()
+        elif self.sigmas is not None:
             few_step_scheduler(self.sigmas, sample_type=trainer.method.sample_type)
         if self.output_dir is None:
             self.output_dir = Path(trainer.config.training.output_dir) / "validation"
@@ -128,9 +133,15 @@ class ValidationCallback(Callback):
         network.eval()
         try:
             with self._averaged(trainer), _global_generators_kept(trainer.accelerator.device), torch.no_grad():
-                pipeline = self._build_pipeline(trainer)
+                student = trainer.models["student"]
+                is_causal = isinstance(student, CausalModelBase)
+                pipeline = None if is_causal else self._build_pipeline(trainer)
                 for steps in self.sampling_steps if self.sigmas is None else (len(self.sigmas),):
-                    self._write(trainer, self._generate(trainer, pipeline, steps), steps)
+                    if is_causal:
+                        make = functools.partial(self._stream, trainer, steps)
+                    else:
+                        make = functools.partial(self._sample, trainer, pipeline, steps)
+                    self._write(trainer, self._share(trainer, make), steps)
         finally:
             network.train(was_training)
             # A forward without gradients leaves FSDP2's root gathered, and a checkpoint must not be made of that.
@@ -162,27 +173,57 @@ class ValidationCallback(Callback):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _generate(self, trainer: "Trainer", pipeline: Any, steps: int) -> list[Clip]:
-        """This process's share of the clips."""
+    def _share(self, trainer: "Trainer", make: Callable[[int], np.ndarray]) -> list[Clip]:
+        """This process's share of the clips; `make` gives the prompt's at an index, frames in [0, 1]."""
         count, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
         clips = []
         # A sharded network has to be called equally often everywhere: short shares repeat a prompt and drop the clip.
         for start in range(0, len(self.prompts), count):
-            index = min(start + rank, len(self.prompts) - 1)
-            # Schedulers that noise afresh draw from the global generator. Seeded like the start's own generator it
-            # would give the same noise again.
-            torch.manual_seed(derive_seed(self.seed, "validation/fresh_noise", index))
-            result = pipeline(
-                self.prompts[index],
-                num_inference_steps=steps,
-                generator=generator_for(self.seed, "validation/start", index),
-                output_type="np",
-                **self.call,
-            )
+            frames = make(min(start + rank, len(self.prompts) - 1))
             if start + rank < len(self.prompts):
-                frames = np.clip(np.nan_to_num(result.frames[0]), 0, 1)
-                clips.append((index, (frames * 255).round().astype(np.uint8)))
+                frames = np.clip(np.nan_to_num(frames), 0, 1)
+                clips.append((start + rank, (frames * 255).round().astype(np.uint8)))
         return clips
+
+    def _sample(self, trainer: "Trainer", pipeline: Any, steps: int, index: int) -> np.ndarray:
+        """A clip by the pipeline, `[F, H, W, 3]`."""
+        # Schedulers that noise afresh draw from the global generator. Seeded like the start's own generator it would
+        # give the same noise again.
+        torch.manual_seed(derive_seed(self.seed, "validation/fresh_noise", index))
+        result = pipeline(
+            self.prompts[index],
+            num_inference_steps=steps,
+            generator=generator_for(self.seed, "validation/start", index),
+            output_type="np",
+            **self.call,
+        )
+        return result.frames[0]
+
+    def _stream(self, trainer: "Trainer", steps: int, index: int) -> np.ndarray:
+        """A clip by a causal student, chunk by chunk, `[F, H, W, 3]`; a pipeline would show it the future."""
+        student = trainer.models["student"]
+        assert isinstance(student, CausalModelBase)
+        chunks = stream_clip(
+            student,
+            student.prompt_conditioning(self.prompts[index]),
+            trainer.latent_shape,
+            sigmas=even_sigmas(steps, student.flow_shift) if self.sigmas is None else self.sigmas,
+            sample_type=trainer.method.sample_type,
+            context_noise=trainer.method.context_noise,
+            key=(self.seed, "validation", index),
+        )
+        video = student.decode_latents(torch.cat(list(chunks), dim=2))
+        return video[0].permute(1, 2, 3, 0).cpu().numpy()
+
+    def _check_streaming(self) -> None:
+        """Raise a `ValueError` for an argument that generation chunk by chunk has no use for."""
+        given = sorted(set(self.call) - {"guidance_scale"})
+        if self.call.get("guidance_scale", 1.0) != 1.0 or given:
+            key = given[0] if given else "guidance_scale"
+            raise ValueError(
+                f"callbacks.validation.{key}={self.call[key]!r}, but a causal student is streamed, in the training "
+                "clips' size and without guidance; remove the key"
+            )
 
     def _write(self, trainer: "Trainer", clips: list[Clip], steps: int) -> None:
         assert self.output_dir is not None

@@ -3,7 +3,7 @@
 import importlib.util
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,17 +33,36 @@ def write_video(path: str | Path, frames: np.ndarray, *, fps: float) -> None:
         ValueError: for another suffix or array.
         ImportError: for .mp4 without PyAV.
     """
+    write_video_stream(path, [frames], fps=fps)
+
+
+def write_video_stream(path: str | Path, chunks: Iterable[np.ndarray], *, fps: float) -> None:
+    """The same for frames that come in pieces; an .mp4 is encoded as they come, a .gif when all are there."""
     path = Path(path)
+    check_video_path(path)
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    try:
+        if path.suffix == ".gif":
+            partial.write_bytes(encode_gif(np.concatenate([_checked(chunk) for chunk in chunks]), fps=fps))
+        else:
+            _write_mp4(partial, (enlarge(_checked(chunk)) for chunk in chunks), fps=fps)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_video_path(path: Path) -> None:
+    """Raise what writing `path` would raise, before there is anything to write."""
+    if path.suffix not in (".gif", ".mp4"):
+        raise ValueError(f"{path}: a video is written as .mp4 or .gif")
+    if path.suffix == ".mp4" and importlib.util.find_spec("av") is None:
+        raise ImportError("mp4 files need PyAV: pip install 'fv_distill[video]', or write .gif")
+
+
+def _checked(frames: np.ndarray) -> np.ndarray:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"frames are {frames.dtype} {frames.shape}; expected uint8 [F, H, W, 3]")
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    if path.suffix == ".gif":
-        partial.write_bytes(encode_gif(frames, fps=fps))
-    elif path.suffix == ".mp4":
-        _write_mp4(partial, enlarge(frames), fps=fps)
-    else:
-        raise ValueError(f"{path}: a video is written as .mp4 or .gif")
-    os.replace(partial, path)
+    return frames
 
 
 def encode_gif(frames: np.ndarray, *, fps: float) -> bytes:
@@ -127,17 +146,17 @@ def _cut(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: f
     return f"{line}..."
 
 
-def _write_mp4(path: Path, frames: np.ndarray, *, fps: float) -> None:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError("mp4 files need PyAV: pip install 'fv_distill[video]', or write .gif") from error
-    # H.264 in yuv420p needs even sides.
-    frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+def _write_mp4(path: Path, chunks: Iterable[np.ndarray], *, fps: float) -> None:
+    import av
+
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        for frames in chunks:
+            # H.264 in yuv420p needs even sides.
+            frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = frames.shape[1:3]
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())

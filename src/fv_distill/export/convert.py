@@ -54,6 +54,7 @@ def convert(
         method=metadata["config"]["method"]["_target_"],
         sigmas=None if few_step is None else tuple(few_step["sigmas"]),
         sample_type="ode" if few_step is None else few_step["sample_type"],
+        causal=metadata.get("causal") if role == "student" else None,
         step=metadata["step"],
         averaged=averaged,
         call=training_call_arguments(

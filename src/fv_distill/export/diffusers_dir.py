@@ -29,6 +29,7 @@ class StudentInfo:
         method: dotted path of the training method.
         sigmas: the trained noise levels without the final 0, or None to sample as the base model is sampled.
         sample_type: "sde" or "ode".
+        causal: adapter, chunk size, window, sinks and context noise of a student that streams; None for others.
         step: optimisation steps of the training run.
         averaged: whether these are EMA weights.
         call: further arguments of the pipeline's call: size, frames, text length.
@@ -40,6 +41,7 @@ class StudentInfo:
     method: str
     sigmas: tuple[float, ...] | None = None
     sample_type: str = "sde"
+    causal: dict[str, Any] | None = None
     step: int = 0
     averaged: bool = False
     call: dict[str, Any] = field(default_factory=dict)

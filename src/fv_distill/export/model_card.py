@@ -33,6 +33,12 @@ Between two steps the sample is noised afresh, and the pipeline draws that noise
 """
 
 
+_CAUSAL_NOTE = """
+The network is block-causal: it generates chunk by chunk over a key-value cache, which needs `pip install fv_distill`.
+Stock diffusers loads the weights, but its pipeline lets every frame see every other, which they were not trained for.
+"""
+
+
 def write_model_card(path: Path, info: "StudentInfo", *, name: str) -> None:
     """Write the card of the export called `name` to `path`."""
     steps = None if info.sigmas is None else len(info.sigmas)
@@ -53,13 +59,31 @@ def write_model_card(path: Path, info: "StudentInfo", *, name: str) -> None:
             averaged=", averaged weights" if info.averaged else "",
             sampling=sampling,
             snippet=sampling_snippet(info, name=name),
-            note=_SDE_NOTE if steps is not None and info.sample_type == "sde" else "",
+            note=_note(info),
         )
     )
 
 
+def _note(info: "StudentInfo") -> str:
+    if info.causal is not None:
+        return _CAUSAL_NOTE
+    return _SDE_NOTE if info.sigmas is not None and info.sample_type == "sde" else ""
+
+
 def sampling_snippet(info: "StudentInfo", *, name: str) -> str:
     """Python that samples one clip, to be run where the export lies."""
+    if info.causal is not None:
+        return "\n".join(
+            [
+                "from diffusers.utils import export_to_gif",
+                "from fv_distill.generation import VideoStreamer",
+                "",
+                f'streamer = VideoStreamer.from_pretrained("{name}")',
+                'chunks = streamer.stream("a cat walks through snow", seed=0)',
+                "frames = [frame / 255 for chunk in chunks for frame in chunk]",
+                'export_to_gif(frames, "sample.gif")',
+            ]
+        )
     call = {"prompt": "a cat walks through snow", **info.pipeline_call}
     lines = [f"    {key}={value!r}," for key, value in call.items()]
     return "\n".join(

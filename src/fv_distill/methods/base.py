@@ -45,6 +45,9 @@ class TrainingMethod(ABC):
     sample_type: str = "ode"
     """How the student moves between two of them, "sde" or "ode"."""
 
+    context_noise: float = 0.0
+    """The noise level at which a causal student's finished chunks become history."""
+
     def __init__(self, models: Mapping[str, ModelBase], options: MethodOptions | None = None) -> None:
         self.models = dict(models)
         self._check_roles()

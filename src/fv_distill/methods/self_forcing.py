@@ -35,6 +35,7 @@ class SelfForcingMethod(DMD2Method):
         assert isinstance(options, SelfForcingOptions) and isinstance(self.options, SelfForcingOptions)
         self.options: SelfForcingOptions = options
         self.causal_student = _checked_student(self.student, options)
+        self.context_noise = options.context_noise
 
     def updates(self, step: int) -> tuple[str, ...]:
         """As in DMD2; the critic alone where `enable_gradient_in_rollout` is off."""

@@ -4,7 +4,7 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -269,7 +269,23 @@ class CausalModelBase(ModelBase):
             ValueError: for a rolling cache without a window, or latents that don't fit the network.
         """
 
+    @abstractmethod
+    def streaming_decoder(self) -> Callable[[Tensor], Tensor]:
+        """A decoder for one clip: called with its normalised chunks in order, it gives each one's video.
+
+        The pieces `[B, 3, f, H, W]` in [0, 1], fp32, put together are what `decode_latents` makes of the whole clip.
+        """
+
     # What follows from it
+
+    @property
+    def streaming(self) -> dict[str, int | None]:
+        """What generation has to know to run this network as it was trained."""
+        return {
+            "chunk_size": self.chunk_size,
+            "local_window": self.local_window,
+            "sink_frames": self.sink_frames,
+        }
 
     def predict_x0(
         self,

@@ -116,11 +116,15 @@ class WanModel(ModelBase):
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """See `ModelBase.decode_latents`."""
-        vae = AutoencoderKLWan.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype)
-        vae.to(latents.device)
-        raw = latents.float() * self.latents_std.to(latents.device) + self.latents_mean.to(latents.device)
-        video = vae.decode(raw.to(vae.dtype), return_dict=False)[0]
+        vae = self._load_vae(latents.device)
+        video = vae.decode(self._raw_latents(latents).to(vae.dtype), return_dict=False)[0]
         return (video.float() / 2 + 0.5).clamp(0, 1)
+
+    def _load_vae(self, device: torch.device) -> Any:
+        return AutoencoderKLWan.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(device)
+
+    def _raw_latents(self, latents: Tensor) -> Tensor:
+        return latents.float() * self.latents_std.to(latents.device) + self.latents_mean.to(latents.device)
 
     def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
         """See `ModelBase.check_latent_shape`: channels, patch divisibility and 4k + 1 frames."""

@@ -1,6 +1,6 @@
 """Causal Wan: text-to-video in chunks of latent frames, streamed over a `KVCache`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from .kv_cache import KVCache
 from .pretrained import read_flow_shift, resolve_directory
 from .transformers.wan_causal import CausalWanTransformer3DModel
 from .wan import WanModel, load_text_to_video
+from .wan_streaming_decode import WanStreamingDecoder
 
 
 class CausalWanModel(CausalModelBase, WanModel):
@@ -139,7 +140,8 @@ class CausalWanModel(CausalModelBase, WanModel):
         """See `CausalModelBase.new_cache`."""
         return KVCache(
             **self.cache_sizes(batch_size, latent_shape, rolling=rolling),
-            sink_frames=self.sink_frames,
+            # No frame of so short a clip sees its last one, which need not be kept as a sink.
+            sink_frames=min(self.sink_frames, latent_shape[1] - 1),
             local_window=self.local_window,
             device=self.device,
             dtype=dtype or self.dtype,
@@ -165,6 +167,12 @@ class CausalWanModel(CausalModelBase, WanModel):
             "tokens_per_frame": (height // config.patch_size[1]) * (width // config.patch_size[2]),
             "capacity_frames": capacity,
         }
+
+    def streaming_decoder(self) -> Callable[[Tensor], Tensor]:
+        """See `CausalModelBase.streaming_decoder`."""
+        vae = self._load_vae(self.device)
+        decoder = WanStreamingDecoder(vae)
+        return lambda chunk: (decoder(self._raw_latents(chunk).to(vae.dtype)).float() / 2 + 0.5).clamp(0, 1)
 
     def _velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, **options: Any) -> Tensor:
         assert conditioning.text is not None, "Wan has no network without text; see required_channels"

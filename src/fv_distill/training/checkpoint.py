@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fv_distill.config.load import dump_run_config
 from fv_distill.export.checkpoint_weights import CHECKPOINT_FORMAT, read_checkpoint_metadata
+from fv_distill.models.base import CausalModelBase
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -158,12 +159,20 @@ class CheckpointManager:
             "sharded": trainer.accelerator.is_fsdp2,
             "models": self._model_names(),
             "few_step": few_step,
+            "causal": self._streaming(),
             "latent_shape": list(trainer.latent_shape),
             "callbacks": trainer.callbacks.state_dict(),
             "versions": package_versions(),
             "config": trainer.config.model_dump(mode="json", by_alias=True),
             "resolved_config": dump_run_config(trainer.config),
         }
+
+    def _streaming(self) -> dict[str, Any] | None:
+        student = self.trainer.models.get("student")
+        if not isinstance(student, CausalModelBase):
+            return None
+        adapter = f"{type(student).__module__}.{type(student).__qualname__}"
+        return {"adapter": adapter, **student.streaming, "context_noise": self.trainer.method.context_noise}
 
     def _rotate(self) -> None:
         found = complete_checkpoints(self.folder.parent)

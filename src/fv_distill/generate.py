@@ -1,0 +1,87 @@
+"""What `fv-distill generate` does once its words are read."""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from .callbacks.video_files import check_video_path, write_video, write_video_stream
+from .console import console
+from .generation import VideoStreamer
+from .models.pretrained import resolve_directory
+
+
+def generate_video(args: argparse.Namespace) -> None:
+    """Write one video and say how fast it came.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: for options that don't fit the model or the file.
+    """
+    check_video_path(args.output)
+    if args.fps <= 0:
+        raise ValueError(f"--fps {args.fps:g} must be positive")
+    directory = resolve_directory(args.model, name="--model")
+    info_file = directory / "fv_distill.json"
+    info = json.loads(info_file.read_text()) if info_file.is_file() else {}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if info.get("causal"):
+        _stream(directory, args)
+    elif args.stream:
+        raise ValueError(f"--stream, but {directory} is no causal student's export: it makes all frames at once")
+    else:
+        _sample(directory, info.get("call", {}), args)
+    console.print(f"wrote {args.output}", highlight=False, markup=False)
+
+
+def _stream(directory: Path, args: argparse.Namespace) -> None:
+    streamer = VideoStreamer.from_pretrained(
+        directory, device=args.device, num_inference_steps=args.num_inference_steps
+    )
+    # Encoded before the clock starts: the text encoder's loading is no part of a chunk's latency.
+    streamer.model.prompt_conditioning(args.prompt)
+    chunks = streamer.stream(
+        args.prompt, num_frames=args.num_frames, seed=args.seed, height=args.height, width=args.width
+    )
+    write_video_stream(args.output, _timed(chunks, told=args.stream), fps=args.fps)
+
+
+def _timed(chunks: Iterator[np.ndarray], *, told: bool) -> Iterator[np.ndarray]:
+    """Hand chunks on, and print how long each took and what that comes to."""
+    latencies, frames = [], 0
+    while True:
+        start = time.perf_counter()
+        chunk = next(chunks, None)
+        if chunk is None:
+            break
+        latencies.append(time.perf_counter() - start)
+        frames += len(chunk)
+        if told:
+            console.print(f"chunk {len(latencies)}: {len(chunk)} frames, {latencies[-1]:.3f} s", highlight=False)
+        yield chunk
+    console.print(
+        f"{frames} frames, {frames / sum(latencies):.1f} frames/s, first chunk after {latencies[0]:.3f} s",
+        highlight=False,
+    )
+
+
+def _sample(directory: Path, call: dict[str, Any], args: argparse.Namespace) -> None:
+    device = torch.device(args.device or torch.accelerator.current_accelerator() or "cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    pipeline: Any = DiffusionPipeline.from_pretrained(directory, dtype=dtype).to(device)
+    given = ("num_frames", "num_inference_steps", "height", "width")
+    call = call | {key: value for key in given if (value := getattr(args, key)) is not None}
+    torch.manual_seed(args.seed)  # a scheduler that noises afresh draws from the global generator
+    start = time.perf_counter()
+    frames = pipeline(args.prompt, generator=torch.Generator().manual_seed(args.seed), output_type="np", **call).frames[
+        0
+    ]
+    seconds = time.perf_counter() - start
+    write_video(args.output, (frames.clip(0, 1) * 255).round().astype(np.uint8), fps=args.fps)
+    console.print(f"{len(frames)} frames, {len(frames) / seconds:.1f} frames/s, all at once", highlight=False)

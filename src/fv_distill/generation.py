@@ -1,0 +1,248 @@
+"""Video from a causal student, chunk by chunk: each is decoded and handed out as soon as it is denoised."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fv_distill.models
+from fv_distill.models.base import CausalModelBase
+from fv_distill.models.conditioning import Conditioning
+from fv_distill.models.pretrained import load_component_config, resolve_directory
+from fv_distill.rng import generator_for
+from fv_distill.rollouts.autoregressive import stream_chunks
+from fv_distill.schedules.shift import shift_sigma
+
+# Steps of a causal model that was not distilled, where nobody says another number.
+DEFAULT_STEPS = 50
+
+
+class VideoStreamer:
+    """Generates with an export of a causal student.
+
+    Args:
+        model: the student.
+        sigmas: its noise levels, falling from 1, without the final 0.
+        sample_type: "sde" or "ode".
+        context_noise: the level at which finished chunks become history.
+        latent_shape: `[C, T, H, W]` of the training clips, the default size.
+        frames_per_latent: video frames of every latent frame but the first, which is one.
+        spatial_factor: pixels per latent pixel.
+    """
+
+    def __init__(
+        self,
+        model: CausalModelBase,
+        *,
+        sigmas: Sequence[float],
+        sample_type: str,
+        context_noise: float,
+        latent_shape: Sequence[int],
+        frames_per_latent: int,
+        spatial_factor: int,
+    ) -> None:
+        self.model = model
+        self.sigmas = tuple(sigmas)
+        self.sample_type = sample_type
+        self.context_noise = context_noise
+        self.latent_shape = tuple(latent_shape)
+        self.frames_per_latent = frames_per_latent
+        self.spatial_factor = spatial_factor
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: str | torch.dtype | None = None,
+        num_inference_steps: int | None = None,
+    ) -> "VideoStreamer":
+        """Load an export of a causal student.
+
+        Args:
+            directory: the export, or a Hub id.
+            device: where it runs; None takes an accelerator where there is one.
+            dtype: of the weights; None is bfloat16 on an accelerator and float32 on a CPU.
+            num_inference_steps: of a model that was not distilled; None is 50.
+
+        Raises:
+            FileNotFoundError: if there is no such export.
+            ValueError: if it is not causal, or a step count is given for a few-step student.
+        """
+        directory = resolve_directory(directory)
+        info = read_causal_info(directory)
+        causal, call = info["causal"], info["call"]
+        if device is None:
+            device = torch.accelerator.current_accelerator() or "cpu"
+        device = torch.device(device)
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model = _adapter(causal["adapter"]).from_pretrained(
+            str(directory),
+            chunk_size=causal["chunk_size"],
+            local_window=causal["local_window"],
+            sink_frames=causal["sink_frames"],
+            dtype=dtype,
+            text_length=call["max_sequence_length"],
+        )
+        model.transformer.to(device)
+        if info["sigmas"] is not None and num_inference_steps not in (None, len(info["sigmas"])):
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps}, but {directory} was distilled to "
+                f"{len(info['sigmas'])} steps"
+            )
+        vae = load_component_config(directory, "vae")
+        factor, spatial = int(vae["scale_factor_temporal"]), int(vae["scale_factor_spatial"])
+        frames = 1 + (call["num_frames"] - (1 if factor > 1 else 0)) // factor
+        return cls(
+            model,
+            sigmas=info["sigmas"] or even_sigmas(num_inference_steps or DEFAULT_STEPS, model.flow_shift),
+            sample_type=info["sample_type"],
+            context_noise=causal["context_noise"],
+            latent_shape=(int(vae["z_dim"]), frames, call["height"] // spatial, call["width"] // spatial),
+            frames_per_latent=factor,
+            spatial_factor=spatial,
+        )
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        num_frames: int | None = None,
+        seed: int = 0,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Frames as they come, uint8 `[f, H, W, 3]`, one array per chunk.
+
+        Args:
+            prompt: what to show.
+            num_frames: of the video; None is the length of the training clips. Whole chunks are generated and what is
+                too much is cut off.
+            seed: of the noise, which a chunk has whatever the length of the video.
+            height: in pixels; None is the training clips'.
+            width: in pixels; None is the training clips'.
+
+        Raises:
+            ValueError: for a size that does not divide into the network's patches.
+        """
+        shape, wanted = self._plan(num_frames, height, width)
+        decode = self.model.streaming_decoder()
+        done = 0
+        for chunk in self.stream_latents(prompt, shape, seed=seed):
+            frames = _to_uint8(decode(chunk))[: wanted - done]
+            done += len(frames)
+            if len(frames):
+                yield frames
+
+    def generate(self, prompt: str, **options: Any) -> np.ndarray:
+        """The whole video, uint8 `[F, H, W, 3]`; options as in `stream`."""
+        return np.concatenate(list(self.stream(prompt, **options)))
+
+    def stream_latents(self, prompt: str, latent_shape: Sequence[int], *, seed: int = 0) -> Iterator[Tensor]:
+        """Normalised chunks `[1, C, chunk_size, H, W]`."""
+        return stream_clip(
+            self.model,
+            self.model.prompt_conditioning(prompt),
+            latent_shape,
+            sigmas=self.sigmas,
+            sample_type=self.sample_type,
+            context_noise=self.context_noise,
+            key=(seed, "generate"),
+        )
+
+    def _plan(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[tuple[int, ...], int]:
+        """The latents to generate, in whole chunks, and the video frames to hand out."""
+        channels, frames, rows, columns = self.latent_shape
+        for name, size in (("height", height), ("width", width)):
+            if size is not None and size % self.spatial_factor:
+                raise ValueError(f"{name}={size} must be a multiple of {self.spatial_factor}")
+        if num_frames is not None:
+            if num_frames < 1:
+                raise ValueError(f"num_frames={num_frames} must be at least 1")
+            frames = 1 + -(-(num_frames - 1) // self.frames_per_latent)
+        wanted = num_frames or 1 + (frames - 1) * self.frames_per_latent
+        size = self.model.chunk_size
+        rows = rows if height is None else height // self.spatial_factor
+        columns = columns if width is None else width // self.spatial_factor
+        return (channels, -(-frames // size) * size, rows, columns), wanted
+
+
+def stream_clip(
+    model: CausalModelBase,
+    conditioning: Conditioning,
+    latent_shape: Sequence[int],
+    *,
+    sigmas: Sequence[float],
+    sample_type: str,
+    context_noise: float,
+    key: Sequence[int | str],
+) -> Iterator[Tensor]:
+    """One clip's normalised chunks `[1, C, chunk_size, H, W]`, with noise from a generator of each chunk's own.
+
+    Args:
+        model: the causal student.
+        conditioning: of batch size 1.
+        latent_shape: `[C, T, H, W]`, T in whole chunks. With a local window the cache's size does not depend on T.
+        sigmas: noise levels.
+        sample_type: "sde" or "ode".
+        context_noise: see `autoregressive_rollout`.
+        key: what the noise is derived from.
+    """
+    channels, frames, height, width = latent_shape
+    shape = (1, channels, model.chunk_size, height, width)
+
+    def noise(*parts: int | str) -> Tensor:
+        return torch.randn(shape, generator=generator_for(*key, *parts)).to(model.device)
+
+    return stream_chunks(
+        model,
+        lambda chunk: noise("start", chunk),
+        conditioning,
+        sigmas,
+        num_chunks=frames // model.chunk_size,
+        cache=model.new_cache(1, latent_shape, rolling=model.local_window is not None),
+        sample_type=sample_type,
+        fresh_noise=lambda chunk, step: noise("fresh", chunk, step),
+        context_noise=context_noise,
+        context_fresh_noise=lambda chunk: noise("context", chunk),
+    )
+
+
+def even_sigmas(steps: int, flow_shift: float) -> tuple[float, ...]:
+    """Evenly spaced levels of a many-step model, shifted once, without the final 0."""
+    return tuple(shift_sigma(1 - step / steps, flow_shift) for step in range(steps))
+
+
+def read_causal_info(directory: Path) -> dict[str, Any]:
+    """What the export of a causal student says of itself.
+
+    Raises:
+        ValueError: if the directory is no export of a causal student.
+    """
+    path = directory / "fv_distill.json"
+    info = json.loads(path.read_text()) if path.is_file() else {}
+    if not info.get("causal"):
+        raise ValueError(
+            f"{directory} is no export of a causal student ({path.name} has no `causal` entry); sample it with "
+            "diffusers.DiffusionPipeline.from_pretrained"
+        )
+    return info
+
+
+def _adapter(name: str) -> type[Any]:
+    """An adapter class of this library; a file that came from elsewhere must not choose what is imported."""
+    kind = getattr(fv_distill.models, name.rpartition(".")[2], None)
+    if not (name.startswith("fv_distill.models.") and isinstance(kind, type) and issubclass(kind, CausalModelBase)):
+        raise ValueError(f"fv_distill.json names the adapter {name!r}, which is no causal model of fv_distill")
+    return kind
+
+
+def _to_uint8(video: Tensor) -> np.ndarray:
+    """`[1, 3, f, H, W]` in [0, 1] to `[f, H, W, 3]`."""
+    return (video[0].permute(1, 2, 3, 0) * 255).round().to(torch.uint8).cpu().numpy()
