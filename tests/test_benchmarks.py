@@ -55,3 +55,21 @@ def test_dataloading(tmp_path):
     result = run_benchmark(tmp_path, "dataloading", *options)
     assert result["rows"] >= 4
     assert result["mb_per_s"] > 0 and result["raw_mb_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_self_forcing_memory(tmp_path):
+    small = ["--width", "64", "--layers", "2", "--latent-size", "8"]
+    result = run_benchmark(tmp_path, "self_forcing_memory", *small)
+    assert result["ratio"] == pytest.approx(1.0, abs=0.01), "with a window, replay's memory doesn't grow with the clip"
+    assert result["plain_mb"][-1] > 3 * result["plain_mb"][0]
+    assert result["plain_over_replay"] == sorted(result["plain_over_replay"]) and result["plain_over_replay"][0] > 1.5
+
+
+@pytest.mark.slow
+def test_streaming(tmp_path):
+    small = ["--width", "64", "--layers", "1", "--latent-size", "4", "--chunks", "12"]
+    result = run_benchmark(tmp_path, "streaming", *small)
+    assert result["calls_ratio"] == 1.0 and result["calls"]["critic"] == 5 + 1 and result["calls"]["teacher"] == 1
+    assert result["modulation_ratio"] == 30 * 52
+    assert result["modulation_mb"]["per_frame"] == pytest.approx(21 * 6 * 1536 * 4 / 1e6, rel=0.01)
