@@ -16,6 +16,7 @@ from tiny_runs import (
     metadata,
     metric_lines,
     metrics,
+    self_forcing_config,
     train,
     write_config,
 )
@@ -155,3 +156,14 @@ def test_replicated_weights_do_not_resume_as_shards(path, ddp, folder):
     words = ("--output-dir", folder / "mixed", "--resume-from-checkpoint", checkpoint(ddp, 2))
     out = launch(path, *words, environment=FSDP2, status=1)
     assert "was saved with replicated weights, this run uses FSDP2; launch it the same way to resume" in out
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["replicated", "sharded"])
+def test_self_forcing_trains_as_one_process_does(tiny_wan, tiny_rows, tmp_path, environment):
+    """Several backward passes of an update, over caches that each process has of its own samples."""
+    config = self_forcing_config(tiny_wan, tiny_rows, tmp_path / "none")
+    config["method"] |= {"fake_score_learning_rate": 0.2, "student_sample_type": "sde"}
+    config["training"]["optimizer"] = dict(SGD)
+    reference = train(config, {"training.output_dir": str(tmp_path / "one"), "training.data.train_batch_size": 4})
+    launch(write_config(config, tmp_path / "run.yaml"), "--output-dir", tmp_path / "two", environment=environment)
+    assert_same_run(tmp_path / "two", reference)

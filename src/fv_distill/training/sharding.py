@@ -3,6 +3,7 @@
 Accelerate is built around one model. What it takes to give it several is kept in this file, each with its reason.
 """
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -74,6 +75,7 @@ def prepare_trainable(accelerator: Accelerator, model: ModelBase, optimizer: Opt
     Called once per role in checkpoint order: `save_state` pairs the i-th optimizer with the i-th model, and FSDP2 takes
     exactly one model with its optimizer.
     """
+    _wrap_blocks_by_network(accelerator)
     model.transformer, optimizer = accelerator.prepare(model.transformer, optimizer)
     _cast_inputs_where_sharded(accelerator, model.transformer)
     return optimizer
@@ -85,6 +87,7 @@ def prepare_frozen(accelerator: Accelerator, model: ModelBase) -> None:
     `accelerator.prepare_model` would register it and break the pairing of models with optimizers in checkpoints.
     """
     if accelerator.is_fsdp2:
+        _wrap_blocks_by_network(accelerator)
         model.transformer = fsdp2_prepare_model(accelerator, model.transformer)
         _cast_inputs_where_sharded(accelerator, model.transformer)
     else:
@@ -94,8 +97,25 @@ def prepare_frozen(accelerator: Accelerator, model: ModelBase) -> None:
 def prepare_averaged(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """Place or shard an EMA copy and register it for checkpoints; has to come after all trainable roles."""
     if accelerator.is_fsdp2:
+        _wrap_blocks_by_network(accelerator)
         module = fsdp2_prepare_model(accelerator, module)
     return accelerator.prepare_model(module, evaluation_mode=True)
+
+
+def _wrap_blocks_by_network(accelerator: Accelerator) -> None:
+    """Let FSDP2 look for the blocks of the next network.
+
+    The plugin settles on the block class of the first network that it sees: a causal student's would then be missing in
+    the teacher.
+    """
+    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    if plugin is None:
+        return
+    if isinstance(plugin.auto_wrap_policy, functools.partial):
+        plugin.auto_wrap_policy = plugin.auto_wrap_policy.func
+    # Names that the launch config gives are the user's own.
+    if not os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
+        plugin.transformer_cls_names_to_wrap = None
 
 
 def _cast_inputs_where_sharded(accelerator: Accelerator, network: nn.Module) -> None:
