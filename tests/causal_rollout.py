@@ -50,13 +50,16 @@ def main(directory, output, checkpointing):
     accelerator = make_accelerator(output_dir=output)
     assert accelerator.num_processes == 2
     model = make_model(directory, checkpointing=checkpointing)
-    optimizer = torch.optim.SGD(model.transformer.parameters(), lr=0.0)
-    prepare_trainable(accelerator, model, optimizer)
+    optimizer = prepare_trainable(accelerator, model, torch.optim.SGD(model.transformer.parameters(), lr=0.0))
     sharded = [name for name, part in model.transformer.named_modules() if isinstance(part, FSDPModule)]
     clip = roll_out(model)
     gradients = full_gradients(model)
     if accelerator.is_main_process:
         torch.save({"clip": clip, "gradients": gradients, "sharded": sharded}, Path(output) / "rollout.pt")
+    # One process leaving early, or a network outliving the process group, now and then hangs the other one at its end.
+    accelerator.wait_for_everyone()
+    del model, optimizer
+    accelerator.free_memory()
     accelerator.end_training()
 
 
