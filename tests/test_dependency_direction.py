@@ -45,7 +45,7 @@ PERMITTED = {
         "fv_distill.models.base",
         "fv_distill.models.conditioning",
     },
-    "callbacks": {"fv_distill.methods.base", "fv_distill.models.base"},
+    "callbacks": {"fv_distill.methods.base", "fv_distill.models.base", "fv_distill.models.conditioning"},
 }
 NO_CONCRETE_MODEL = {"data", "export"}
 MODEL_BASES = {"fv_distill.models.base", "fv_distill.models.conditioning", "fv_distill.models.pretrained"}

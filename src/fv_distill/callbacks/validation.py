@@ -21,6 +21,7 @@ from fv_distill.export.call_arguments import training_call_arguments
 from fv_distill.export.scheduler import few_step_scheduler
 from fv_distill.generation import even_sigmas, stream_clip
 from fv_distill.models.base import CausalModelBase
+from fv_distill.models.conditioning import Conditioning
 from fv_distill.rng import derive_seed, generator_for
 from fv_distill.training.sharding import reshard, unwrap
 
@@ -98,6 +99,7 @@ class ValidationCallback(Callback):
         self.sigmas = None if sampling_timesteps is None else tuple(t / 1000 for t in sampling_timesteps)
         self.fps = fps
         self.seed = seed
+        self._encoded: Conditioning | None = None
 
     def on_train_start(self, trainer: "Trainer") -> None:
         """Complete the pipeline's arguments, say where videos go, and fail now if the student can't be sampled."""
@@ -205,7 +207,7 @@ class ValidationCallback(Callback):
         assert isinstance(student, CausalModelBase)
         chunks = stream_clip(
             student,
-            student.prompt_conditioning(self.prompts[index]),
+            self._conditioning(student, index),
             trainer.latent_shape,
             sigmas=even_sigmas(steps, student.flow_shift) if self.sigmas is None else self.sigmas,
             sample_type=trainer.method.sample_type,
@@ -214,6 +216,14 @@ class ValidationCallback(Callback):
         )
         video = student.decode_latents(torch.cat(list(chunks), dim=2))
         return video[0].permute(1, 2, 3, 0).cpu().numpy()
+
+    def _conditioning(self, student: CausalModelBase, index: int) -> Conditioning:
+        """One prompt's conditioning; all are encoded on first use, since the encoder takes long to load."""
+        if self._encoded is None:
+            self._encoded = student.encode_prompts(self.prompts)
+        text, mask = self._encoded.text, self._encoded.text_mask
+        assert text is not None and mask is not None
+        return Conditioning(text[index : index + 1], mask[index : index + 1])
 
     def _check_streaming(self) -> None:
         """Raise a `ValueError` for an argument that generation chunk by chunk has no use for."""

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import diffusers
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from fv_distill.callbacks.base import CallbackDict
 from fv_distill.config.instantiate import instantiate, resolve_target
@@ -135,7 +135,8 @@ def build_trajectory_dataset(config: RunConfig, accelerator: Accelerator, *, dry
     rows = build_dataset(config)
     cache = TrajectoryCache(config, rows)
     if cache.missing and dry_run:
-        console.print(f"{cache.num_paths} teacher paths would be made in {cache.directory}", highlight=False)
+        if accelerator.is_main_process:
+            console.print(f"{cache.num_paths} teacher paths would be made in {cache.directory}", highlight=False)
         return rows
     if cache.missing:
         if "teacher" not in config.models:
@@ -232,7 +233,8 @@ def _check_export(sigmas: Sequence[float], sample_type: str, *, wanted: bool) ->
     except ValueError as error:
         if wanted:
             raise
-        console.print(f"this student can be trained but not exported: {error}", highlight=False, markup=False)
+        if PartialState().is_main_process:
+            console.print(f"this student can be trained but not exported: {error}", highlight=False, markup=False)
 
 
 def export_if_asked(trainer: Trainer) -> None:
