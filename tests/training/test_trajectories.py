@@ -18,7 +18,13 @@ from fv_distill.data import ParquetDataset
 from fv_distill.models import Conditioning, WanModel
 from fv_distill.rng import generator_for
 from fv_distill.rollouts import ode_trajectory, trajectory_sigmas
-from fv_distill.training import build_dataset, build_model, run_make_trajectories, run_training_from_config
+from fv_distill.training import (
+    build_dataset,
+    build_model,
+    build_trajectory_dataset,
+    run_make_trajectories,
+    run_training_from_config,
+)
 from fv_distill.training.trajectories import TrajectoryCache
 
 
@@ -169,6 +175,16 @@ def test_training_makes_them_once_and_then_needs_no_teacher(config, tmp_path, ca
     again = train(config, {"training.output_dir": str(tmp_path / "again")})
     assert "teacher paths" not in capsys.readouterr().out and files(paths_directory(config)) == made
     assert metrics(again) == metrics(output_dir)
+
+
+def test_rows_that_hold_paths_need_no_cache(config, tmp_path):
+    output_dir = train(config)
+    del config["models"]["teacher"]
+    config["training"]["data"]["data_path"] = config["method"].pop("teacher_path_cache")
+    assert metrics(train(config, {"training.output_dir": str(tmp_path / "rows")})) == metrics(output_dir)
+    config["training"]["output_dir"] = str(tmp_path / "script")
+    loaded = load_run_config(write_config(config, tmp_path / "script.yaml"))
+    assert len(build_trajectory_dataset(loaded, SimpleNamespace())) == 12
 
 
 def test_without_a_teacher_there_must_be_paths(config):

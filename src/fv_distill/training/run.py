@@ -85,10 +85,7 @@ def run_make_trajectories(config: RunConfig, *, dry_run: bool = False) -> Path:
 def build_trainer(config: RunConfig, *, dry_run: bool = False) -> Trainer:
     """The trainer of a config, in the order in which mistakes are cheapest to find."""
     accelerator = build_accelerator(config, dry_run=dry_run)
-    if trajectory_options(config) is None:
-        dataset = build_dataset(config)
-    else:
-        dataset = build_trajectory_dataset(config, accelerator, dry_run=dry_run)
+    dataset = build_trajectory_dataset(config, accelerator, dry_run=dry_run)
     models = build_models(config, [role for role in config.models if role not in _method_class(config).cache_roles])
     method = build_method(config, models)
     check_run(dataset, method, config)
@@ -127,12 +124,15 @@ def build_dataset(config: RunConfig) -> ParquetDataset:
 def build_trajectory_dataset(config: RunConfig, accelerator: Accelerator, *, dry_run: bool = False) -> ParquetDataset:
     """The teacher's sampling paths as rows; those that `method.teacher_path_cache` lacks are made first.
 
-    Once all are there the config needs no teacher any more. A dry run makes none, and takes the data's own rows.
+    Once all are there the config needs no teacher any more. A dry run makes none, and takes the data's own rows; so does
+    a method that has no such key, and one whose rows hold paths already, where it is null.
 
     Raises:
         ValueError: if the directory holds paths of something else, or some are missing and there is no teacher.
     """
     rows = build_dataset(config)
+    if trajectory_options(config) is None:
+        return rows
     cache = TrajectoryCache(config, rows)
     if cache.missing and dry_run:
         if accelerator.is_main_process:
