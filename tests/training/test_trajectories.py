@@ -92,12 +92,13 @@ def test_ranks_share_the_work(load):
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_files(config, tmp_path):
-    whole = write_config(config, tmp_path / "whole.yaml")
-    expected = files(run_make_trajectories(load_run_config(whole)))
     cut = tmp_path / "cut"
     path = write_config(config, tmp_path / "cut.yaml", {"method.teacher_path_cache": str(cut)})
     command = [sys.executable, "-m", "fv_distill", "make-trajectories", "--config", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = [*command, "--method.teacher_path_cache", str(paths_directory(config))]
+    subprocess.run(whole, env=environment, check=True, stdout=subprocess.DEVNULL)
+    expected = files(paths_directory(config))
     for wanted in (1, 3):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 60

@@ -124,8 +124,8 @@ def build_dataset(config: RunConfig) -> ParquetDataset:
 def build_trajectory_dataset(config: RunConfig, accelerator: Accelerator, *, dry_run: bool = False) -> ParquetDataset:
     """The teacher's sampling paths as rows; those that `method.teacher_path_cache` lacks are made first.
 
-    Once all are there the config needs no teacher any more. A dry run makes none, and takes the data's own rows; so does
-    a method that has no such key, and one whose rows hold paths already, where it is null.
+    Once all are there the config needs no teacher any more. A dry run makes none, and takes the data's own rows. So
+    does a method that has no such key, and one whose rows hold paths already, where it is null.
 
     Raises:
         ValueError: if the directory holds paths of something else, or some are missing and there is no teacher.
