@@ -242,9 +242,3 @@ def test_plan_is_checked():
             make_plan(**changes)
     with pytest.raises(ValueError, match=r"training.loop.gradient_accumulation_steps"):
         make_plan(accumulation=0)
-
-
-def test_batches_lie_where_torch_would_put_them(dataset):
-    """Elsewhere matrix products round differently from one process to the next."""
-    for (batch,) in load(dataset, make_plan(micro=3), steps=3):
-        assert batch["text_embedding"].data_ptr() % 64 == 0 and batch["vae_latent"].data_ptr() % 64 == 0

@@ -5,7 +5,6 @@ uninterrupted one would have seen, and a global batch doesn't depend on how it i
 """
 
 import functools
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -187,16 +186,8 @@ class BatchMemory:
             # The references of the list and of the call itself.
             if sys.getrefcount(arrays[index]) == 2:
                 return torch.from_numpy(arrays[index])
-        arrays.append(_aligned(tuple(shape)))
+        arrays.append(np.empty(tuple(shape), dtype=np.float32))
         return torch.from_numpy(arrays[-1])
-
-
-def _aligned(shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """Uninitialised fp32 at a multiple of 64 bytes, as torch allocates: kernels round differently elsewhere."""
-    count = math.prod(shape)
-    memory = np.empty(count + 16, dtype=np.float32)
-    first = -memory.ctypes.data % 64 // 4
-    return memory[first : first + count].reshape(shape)
 
 
 class _MicroBatches(Dataset[Any]):
