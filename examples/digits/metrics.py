@@ -1,13 +1,15 @@
 """How good generated clips are: two Frechet distances to real clips, and how often the judge reads the caption."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from judge import load_judge
+from judge import JUDGE_FILE, load_judge
 from torch import Tensor
 
-from fv_distill.data.digits import sample_clips
+from fv_distill.data.digits import NUM_FRAMES, Motion, sample_clips
 
 REFERENCE_CLIPS = 4000
 REFERENCE_SEED = 77
@@ -27,11 +29,20 @@ class Quality:
 
 
 class Evaluator:
-    """Compares clips with a fixed reference set of real training clips."""
+    """Compares clips with a fixed reference set of real training clips.
 
-    def __init__(self) -> None:
-        self.judge = load_judge()
-        real = sample_clips("train", REFERENCE_CLIPS, torch.Generator().manual_seed(REFERENCE_SEED)).clips
+    Args:
+        motion: of the real clips.
+        frames: which five frames of the real clips, for a part of a longer clip.
+        judge_file: a judge of that motion.
+    """
+
+    def __init__(
+        self, *, motion: Motion = "wall", frames: Sequence[int] = range(NUM_FRAMES), judge_file: Path = JUDGE_FILE
+    ) -> None:
+        self.judge = load_judge(judge_file)
+        generator = torch.Generator().manual_seed(REFERENCE_SEED)
+        real = sample_clips("train", REFERENCE_CLIPS, generator, motion=motion, frames=frames).clips
         features, _ = self.judge.classify(real)
         deviation = features.std(0)
         self._kept = deviation > _SMALLEST_DEVIATION

@@ -10,12 +10,13 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from wan_directory import FLOW_SHIFT, build_pipeline, build_transformer, encode_captions
 
-from fv_distill.data.digits import CAPTIONS, sample_clips, to_latents
+from fv_distill.data.digits import CAPTIONS, Motion, sample_clips, to_latents
 from fv_distill.losses.flow_matching import flow_matching_loss
 from fv_distill.schedules import flow
 from fv_distill.schedules.shift import shift_sigma
@@ -27,13 +28,14 @@ EMA_DECAY = 0.998
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("teacher"))
+    parser.add_argument("--motion", choices=get_args(Motion), default="wall", help="of the clips that it learns")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--clips", type=int, default=30000, help="size of the training set that batches are drawn from")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    data = sample_clips("train", args.clips, torch.Generator().manual_seed(args.seed))
+    data = sample_clips("train", args.clips, torch.Generator().manual_seed(args.seed), motion=args.motion)
     raw = to_latents(data.clips)
     mean, std = raw.mean((0, 2, 3, 4)), raw.std((0, 2, 3, 4))
     latents = (raw - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)

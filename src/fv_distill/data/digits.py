@@ -1,11 +1,16 @@
-"""The embedded data set: short clips of real handwritten digits that move, captioned in words.
+"""The embedded data set: clips of real handwritten digits that move, captioned in words.
 
 The images are scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" test set (Alpaydin & Kaynak
 1998, CC BY 4.0): 1,797 grey 8 x 8 scans. A caption fixes the digit and its direction; the hand, the lane and the speed
 are left open, so that a caption has many right answers and a sampler with too few steps shows their blurred average.
+
+There are two motions. "wall" digits start at a wall and end before the opposite one. "wrap" digits leave at one side
+and come back at the other, for clips of any length.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +33,12 @@ LANES = (0, 2, 4, 6, 8)
 SPEEDS = (1, 2)
 """Pixels a frame along it, away from the wall where the digit starts."""
 
+Motion = Literal["wall", "wrap"]
+
+WRAP_LANES = (0, 4, 8)
+WRAP_SPEED = 4
+"""Pixels a frame, as many as a latent cell has: after four frames a digit is back where it started."""
+
 _TRAVEL = CANVAS - DIGIT_SIZE
 
 CAPTIONS = tuple(f"a handwritten {word} moving {direction}" for word in DIGIT_WORDS for direction in DIRECTIONS)
@@ -35,7 +46,7 @@ CAPTIONS = tuple(f"a handwritten {word} moving {direction}" for word in DIGIT_WO
 
 @dataclass(frozen=True)
 class DigitClips:
-    """Clips in [-1, 1], fp32 `[N, 1, 5, 16, 16]`, and the index of each one's caption in `CAPTIONS`."""
+    """Clips in [-1, 1], fp32 `[N, 1, F, 16, 16]`, and the index of each one's caption in `CAPTIONS`."""
 
     clips: Tensor
     captions: Tensor
@@ -62,25 +73,64 @@ def digit_images(split: str) -> tuple[Tensor, Tensor]:
     return images[chosen], digits[chosen]
 
 
-def sample_clips(split: str, count: int, generator: torch.Generator) -> DigitClips:
-    """Draw `count` clips with all that their captions leave open: image, lane and speed."""
+def sample_clips(
+    split: str,
+    count: int,
+    generator: torch.Generator,
+    *,
+    motion: Motion = "wall",
+    frames: Sequence[int] = range(NUM_FRAMES),
+) -> DigitClips:
+    """Draw `count` clips with all that their captions leave open: image, lane and, away from a wall, speed.
+
+    Args:
+        split: see `digit_images`.
+        count: N.
+        generator: what is drawn depends on it alone, not on `frames`.
+        motion: "wall" or "wrap".
+        frames: which frames of the clips to show, from 0; "wall" has 5, "wrap" as many as you like.
+
+    Raises:
+        ValueError: for another split or motion, or a frame that does not exist.
+    """
+    if motion not in get_args(Motion):
+        raise ValueError(f"motion={motion!r} is none of {', '.join(get_args(Motion))}")
+    if motion == "wall" and not set(frames) <= set(range(NUM_FRAMES)):
+        raise ValueError(f"frames={list(frames)}, but a clip that ends at a wall has only {NUM_FRAMES}: 0 to 4")
     images, digits = digit_images(split)
     chosen = torch.randint(len(images), (count,), generator=generator)
     direction = torch.randint(len(DIRECTIONS), (count,), generator=generator)
-    lane = torch.tensor(LANES)[torch.randint(len(LANES), (count,), generator=generator)]
-    speed = torch.tensor(SPEEDS)[torch.randint(len(SPEEDS), (count,), generator=generator)]
-    gone = speed[:, None] * torch.arange(NUM_FRAMES)
-    along = torch.where((direction % 2 == 1)[:, None], gone, _TRAVEL - gone)
+    index = torch.tensor(list(frames))
+    place = _between_walls if motion == "wall" else _around
+    along, lane = place(direction % 2 == 1, index, generator)
     across = lane[:, None].expand_as(along)
     is_horizontal = (direction < 2)[:, None]
     rows, columns = torch.where(is_horizontal, across, along), torch.where(is_horizontal, along, across)
     square = torch.arange(DIGIT_SIZE)
-    clips = torch.full((count, NUM_FRAMES, CANVAS, CANVAS), -1.0)
-    for frame in range(NUM_FRAMES):
-        row = (rows[:, frame, None] + square)[:, :, None]
-        column = (columns[:, frame, None] + square)[:, None, :]
+    clips = torch.full((count, len(index), CANVAS, CANVAS), -1.0)
+    for frame in range(len(index)):
+        row = (rows[:, frame, None] + square)[:, :, None] % CANVAS
+        column = (columns[:, frame, None] + square)[:, None, :] % CANVAS
         clips[torch.arange(count)[:, None, None], frame, row, column] = images[chosen] * 2 - 1
     return DigitClips(clips[:, None], digits[chosen] * len(DIRECTIONS) + direction)
+
+
+def _between_walls(is_forward: Tensor, frames: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Where the digits are along their direction `[N, F]`, and their lanes `[N]`."""
+    lane = _draw(LANES, len(is_forward), generator)
+    gone = _draw(SPEEDS, len(is_forward), generator)[:, None] * frames
+    return torch.where(is_forward[:, None], gone, _TRAVEL - gone), lane
+
+
+def _around(is_forward: Tensor, frames: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The same for digits that come back at the other side."""
+    lane = _draw(WRAP_LANES, len(is_forward), generator)
+    gone = WRAP_SPEED * frames
+    return torch.where(is_forward[:, None], gone, _TRAVEL - gone) % CANVAS, lane
+
+
+def _draw(values: Sequence[int], count: int, generator: torch.Generator) -> Tensor:
+    return torch.tensor(values)[torch.randint(len(values), (count,), generator=generator)]
 
 
 def to_latents(clips: Tensor) -> Tensor:
