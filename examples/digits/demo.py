@@ -13,19 +13,20 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from metrics import Evaluator, Quality
+from metrics import Evaluator
 from report import print_table, write_curves, write_samples, write_table
+from sampling import NOISE_SEED, Row, draw_noise, generate, make_row
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from fv_distill.data.digits import CANVAS, CAPTIONS, NUM_FRAMES, PATCH, TEXT_LENGTH, sample_clips
+from fv_distill.data.digits import CAPTIONS, sample_clips
 from fv_distill.export import few_step_scheduler
 from fv_distill.schedules import few_step_sigmas
 
@@ -34,22 +35,6 @@ TEACHER = REPOSITORY / "examples/digits/teacher"
 CONFIG = REPOSITORY / "examples/configs/dmd2/digits.yaml"
 TEACHER_STEPS = 50
 TEACHER_GUIDANCE = 2.5
-NOISE_SEED = 11
-BATCH = 125
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to make clips, and how good they are; `forward_passes` are network calls per clip."""
-
-    name: str
-    steps: int | None
-    guidance: float | None
-    forward_passes: int
-    frechet_cnn: float
-    frechet_pixel: float
-    prompt_accuracy: float
-    seconds: float
 
 
 def main() -> None:
@@ -80,9 +65,9 @@ def main() -> None:
     results["bar"] = check_bar(rows)
     write_samples(clips, output)
     write_curves(output / "run" / "metrics.jsonl", output / "curves.png")
-    write_table(results, output / "results.md")
+    write_table("Digits demo", results, output / "results.md")
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print_table(results)
+    print_table("Digits demo", results)
     print(f"wrote {', '.join(sorted(path.name for path in output.iterdir() if path.is_file()))} to {args.output_dir}")
 
 
@@ -124,8 +109,7 @@ def measure(student: Path, *, count: int, teacher_steps: int) -> tuple[list[Row]
     ]
     evaluate = Evaluator()
     captions = torch.arange(count) % len(CAPTIONS)
-    shape = (count, PATCH * PATCH, NUM_FRAMES, CANVAS // PATCH, CANVAS // PATCH)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+    noise = draw_noise(count)
     held_out = sample_clips("held_out", count, torch.Generator().manual_seed(NOISE_SEED))
     rows = [make_row("real, held out", None, None, 0, evaluate(held_out.clips, held_out.captions), 0.0)]
     clips = {}
@@ -144,43 +128,6 @@ def with_even_steps(pipeline: Any, steps: int) -> Any:
     timesteps = [1000 * (1 - index / steps) for index in range(steps)]
     sigmas = few_step_sigmas(timesteps, flow_shift=pipeline.scheduler.config.shift, warp=True)
     return type(pipeline)(**{**pipeline.components, "scheduler": few_step_scheduler(sigmas, sample_type="ode")})
-
-
-def generate(pipeline: Any, captions: Tensor, noise: Tensor, *, steps: int, guidance: float) -> Tensor:
-    """Clips `[N, 1, 5, 16, 16]` in [-1, 1] from a stock pipeline, decoded by its VAE."""
-    pipeline.set_progress_bar_config(disable=True)
-    torch.manual_seed(NOISE_SEED)  # a re-noising scheduler draws from the global generator
-    parts = []
-    for caption, latents in zip(captions.split(BATCH), noise.split(BATCH), strict=True):
-        frames = pipeline(
-            [CAPTIONS[index] for index in caption.tolist()],
-            height=CANVAS,
-            width=CANVAS,
-            num_frames=NUM_FRAMES,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=TEXT_LENGTH,
-            latents=latents,
-            output_type="pt",
-        ).frames
-        parts.append(frames.mean(2)[:, None] * 2 - 1)
-    return torch.cat(parts)
-
-
-def make_row(
-    name: str, steps: int | None, guidance: float | None, passes: int, quality: Quality, seconds: float
-) -> Row:
-    """A row with rounded figures."""
-    return Row(
-        name,
-        steps,
-        guidance,
-        passes,
-        round(quality.frechet_cnn, 3),
-        round(quality.frechet_pixel, 3),
-        round(quality.prompt_accuracy, 4),
-        round(seconds, 1),
-    )
 
 
 def check_bar(rows: list[Row]) -> dict[str, Any]:

@@ -23,16 +23,18 @@ SCALE = 4
 GAP = 6
 LABEL_WIDTH = 220
 HEADER = 22
-COLUMNS = ("frechet_cnn", "frechet_pixel", "prompt_accuracy", "seconds")
+# Of a row of results, what is not measured.
+SET_UP = ("name", "steps", "guidance", "forward_passes")
 
 
-def print_table(results: Mapping[str, Any]) -> None:
+def print_table(title: str, results: Mapping[str, Any]) -> None:
     """The rows and the bar, on the terminal."""
-    table = Table(title=f"digits, seed {results['seed']}, {results['clips']} clips a row")
-    for name in ("", "passes", *COLUMNS):
+    measured = _measured(results)
+    table = Table(title=f"{title}, seed {results['seed']}, {results['clips']} clips a row")
+    for name in ("", "passes", *measured):
         table.add_column(name, justify="left" if name == "" else "right")
     for row in results["rows"]:
-        table.add_row(row["name"], str(row["forward_passes"]), *(_figure(name, row[name]) for name in COLUMNS))
+        table.add_row(row["name"], str(row["forward_passes"]), *(_figure(name, row[name]) for name in measured))
     console = Console(width=max(Console().width, 110))
     console.print(table)
     for name, value in results["bar"].items():
@@ -40,14 +42,15 @@ def print_table(results: Mapping[str, Any]) -> None:
     console.print(f"seconds: {results['seconds']}", highlight=False)
 
 
-def write_table(results: Mapping[str, Any], path: Path) -> None:
+def write_table(title: str, results: Mapping[str, Any], path: Path) -> None:
     """The same as Markdown."""
-    lines = [f"Digits demo, seed {results['seed']}, {results['clips']} clips a row; distances: less is better.", ""]
-    lines += ["| | steps | guidance | network calls | Frechet CNN | Frechet pixel | prompt accuracy | seconds |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    measured = _measured(results)
+    head = ["", "steps", "guidance", "network calls", *(name.replace("_", " ") for name in measured)]
+    lines = [f"{title}, seed {results['seed']}, {results['clips']} clips a row; distances: less is better.", ""]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in results["rows"]:
         steps, guidance = ("" if row[key] is None else str(row[key]) for key in ("steps", "guidance"))
-        figures = " | ".join(_figure(name, row[name]) for name in COLUMNS)
+        figures = " | ".join(_figure(name, row[name]) for name in measured)
         lines.append(f"| {row['name']} | {steps} | {guidance} | {row['forward_passes']} | {figures} |")
     lines += ["", *(f"- {name}: {value}" for name, value in results["bar"].items())]
     path.write_text("\n".join(lines) + "\n")
@@ -83,8 +86,15 @@ def write_curves(metrics_file: Path, path: Path) -> None:
     plt.close(figure)
 
 
-def _figure(name: str, value: float) -> str:
-    return f"{value:.1%}" if name == "prompt_accuracy" else f"{value:.1f}" if name == "seconds" else f"{value:.2f}"
+def _measured(results: Mapping[str, Any]) -> list[str]:
+    return [name for name in results["rows"][0] if name not in SET_UP]
+
+
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    digits = {"seconds": 1, "latency_first_chunk_s": 3, "frames_per_second": 0}.get(name, 2)
+    return f"{value:.1%}" if name == "prompt_accuracy" else f"{value:.{digits}f}"
 
 
 def _frames(clips: Tensor) -> np.ndarray:
