@@ -1,4 +1,4 @@
-# make demo   set up, distil the digits teacher, show what came out
+# make demo   set up, distil the digits teacher, show what came out;  make demo-causal  the same into a streaming student
 # make test   set up, run the tests
 # make style  format and mend what can be mended;  make quality  check only
 
@@ -8,10 +8,13 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test style quality clean
+.PHONY: demo demo-causal test style quality clean
 
 demo: $(STAMP)
 	$(BIN)/fv-distill demo
+
+demo-causal: $(STAMP)
+	$(BIN)/python examples/scenarios/causal_wan/run.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu"

@@ -32,7 +32,7 @@ def print_table(title: str, results: Mapping[str, Any]) -> None:
     measured = _measured(results)
     table = Table(title=f"{title}, seed {results['seed']}, {results['clips']} clips a row")
     for name in ("", "passes", *measured):
-        table.add_column(name, justify="left" if name == "" else "right")
+        table.add_column(name.replace("_", " "), justify="left" if name == "" else "right")
     for row in results["rows"]:
         table.add_row(row["name"], str(row["forward_passes"]), *(_figure(name, row[name]) for name in measured))
     console = Console(width=max(Console().width, 110))

@@ -12,10 +12,10 @@ from judge import JUDGE_FILE, Judge
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from fv_distill.data.digits import DIRECTIONS, NUM_FRAMES, Motion, sample_clips
+from fv_distill.data.digits import DIRECTIONS, NUM_FRAMES, WRAP_PERIOD, Motion, sample_clips
 
-# Clips of wrapping digits are judged in parts; their period is four frames.
-FIRST_FRAMES = {"wall": (0,), "wrap": (0, 1, 2, 3)}
+# Clips of wrapping digits are judged in parts, and a part may begin anywhere.
+FIRST_FRAMES = {"wall": range(1), "wrap": range(WRAP_PERIOD)}
 
 
 def main() -> None:

@@ -30,7 +30,9 @@ class ModelConfig(OpenSection):
     target: str = Field("fv_distill.models.WanModel", alias="_target_", description="the adapter class")
     init_from: str = Field(description="a diffusers pipeline directory or a Hub id, owner/name")
     trainable: bool = Field(False, description="whether an optimizer updates this role")
-    weights: str | None = Field(None, description="a safetensors file that replaces the transformer's weights")
+    weights: str | None = Field(
+        None, description="a safetensors file, or a directory of them, that replaces the transformer's weights"
+    )
     flow_shift: float | None = Field(
         None, gt=0, description="shift of the noise schedule; null reads it from the directory's scheduler"
     )

@@ -37,7 +37,10 @@ Motion = Literal["wall", "wrap"]
 
 WRAP_LANES = (0, 4, 8)
 WRAP_SPEED = 4
-"""Pixels a frame, as many as a latent cell has: after four frames a digit is back where it started."""
+"""Pixels a frame, as many as a latent cell has."""
+
+WRAP_PERIOD = CANVAS // WRAP_SPEED
+"""Frames until a digit is back where it started."""
 
 _TRAVEL = CANVAS - DIGIT_SIZE
 

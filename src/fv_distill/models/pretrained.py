@@ -82,15 +82,16 @@ def read_flow_shift(directory: Path) -> float:
 
 
 def load_weights_override(transformer: nn.Module, path: str) -> None:
-    """Replace all weights of a network by those of a safetensors file in the same key names.
+    """Replace all weights of a network by those of a safetensors file, or of all in a directory, in the same key names.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: listing missing, unexpected and mis-shaped keys.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"weights={path!r}: no such file")
-    weights = load_file(path)
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+    if not files or not files[0].is_file():
+        raise FileNotFoundError(f"weights={path!r}: no such file, and no directory with .safetensors files")
+    weights = {key: value for file in files for key, value in load_file(file).items()}
     try:
         check_weights_fit(transformer.state_dict(), weights)
     except ValueError as error:
