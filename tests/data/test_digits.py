@@ -5,6 +5,7 @@ from fv_distill.data.digits import (
     CAPTIONS,
     DIRECTIONS,
     NUM_FRAMES,
+    WRAP_PERIOD,
     digit_images,
     from_latents,
     sample_clips,
@@ -51,6 +52,33 @@ def test_a_caption_has_many_answers(batch):
     ink = batch.clips[batch.captions % len(DIRECTIONS) == 1] > -1
     boxes = torch.stack([ink.amax((1, 2, 4)).float().argmax(1), ink[:, :, 0].amax((1, 2)).float().argmax(1)], 1)
     assert len(boxes.unique(dim=0)) >= 10
+
+
+def test_wrapping_digits_come_round_and_move_as_their_caption_says():
+    batch = sample_clips("train", 400, torch.Generator().manual_seed(0), motion="wrap", frames=range(9))
+    clips, captions = batch.clips, batch.captions
+    assert torch.equal(clips[:, :, :5], clips[:, :, WRAP_PERIOD:])
+    for index, (axis, sign) in enumerate([(1, -1), (1, 1), (0, -1), (0, 1)]):
+        of_direction = clips[captions % len(DIRECTIONS) == index]
+        for frame in range(8):
+            moved = of_direction[:, 0, frame].roll(4 * sign, dims=2 - (axis == 0))
+            assert torch.equal(moved, of_direction[:, 0, frame + 1])
+
+
+def test_frames_of_a_clip_can_be_drawn_alone():
+    long, part = (
+        sample_clips("train", 20, torch.Generator().manual_seed(0), motion="wrap", frames=frames).clips
+        for frames in (range(15), range(10, 15))
+    )
+    assert torch.equal(long[:, :, 10:], part)
+
+
+def test_motions_and_frames_that_do_not_exist_are_explained():
+    generator = torch.Generator()
+    with pytest.raises(ValueError, match=r"frames=\[3, 4, 5\], but .* only 5"):
+        sample_clips("train", 1, generator, frames=range(3, 6))
+    with pytest.raises(ValueError, match="motion='bounce' is none of wall, wrap"):
+        sample_clips("train", 1, generator, motion="bounce")
 
 
 def test_draws_are_deterministic():

@@ -15,7 +15,7 @@ from fv_distill.models import WanModel
 from fv_distill.schedules import few_step_sigmas
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "examples/configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
 
 # `transformer/config.json` of the two repositories on the Hub.
 PUBLISHED = {

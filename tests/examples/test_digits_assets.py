@@ -9,10 +9,11 @@ from judge import load_judge
 from metrics import Evaluator, frechet_distance
 
 from fv_distill.data import ParquetDataset
-from fv_distill.data.digits import CAPTIONS, sample_clips, to_latents
+from fv_distill.data.digits import CAPTIONS, WRAP_PERIOD, sample_clips, to_latents
 from fv_distill.models import WanModel
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+SCENARIO = DIGITS.parent / "scenarios" / "causal_wan"
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,14 @@ def held_out():
 def test_judge_reads_real_clips(held_out):
     _, captions = load_judge().classify(held_out.clips)
     assert (captions == held_out.captions).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("first", range(WRAP_PERIOD))
+def test_judge_of_the_causal_scenario_reads_clips_from_any_frame_on(first):
+    generator = torch.Generator().manual_seed(0)
+    clips = sample_clips("held_out", 500, generator, motion="wrap", frames=range(first, first + 5))
+    _, captions = load_judge(SCENARIO / "judge.safetensors").classify(clips.clips)
+    assert (captions == clips.captions).float().mean() > 0.97
 
 
 def test_vae_folds_space_exactly(held_out):

@@ -118,6 +118,15 @@ def test_weights_override_and_its_errors(tiny_wan, tmp_path):
     save_file(other.state_dict(), path)
     model = WanModel.from_pretrained(str(tiny_wan), weights=str(path))
     assert all(torch.equal(a, b) for a, b in zip(model.transformer.parameters(), other.parameters(), strict=True))
+    for shard in (0, 1):
+        keys = list(other.state_dict())[shard::2]
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        save_file({key: other.state_dict()[key] for key in keys}, tmp_path / f"shards/{shard}.safetensors")
+    model = WanModel.from_pretrained(str(tiny_wan), weights=str(tmp_path / "shards"))
+    assert all(torch.equal(a, b) for a, b in zip(model.transformer.parameters(), other.parameters(), strict=True))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no directory with .safetensors files"):
+        WanModel.from_pretrained(str(tiny_wan), weights=str(tmp_path / "empty"))
     broken = dict(other.state_dict())
     broken["surplus"] = broken.pop("proj_out.bias")
     broken["proj_out.weight"] = broken["proj_out.weight"][:1].clone()

@@ -1,12 +1,11 @@
-"""What the digits students of the causal scenario are worth: quality, speed, and quality along clips three times as long.
+"""What the digits students of the causal scenario are worth: quality, speed, and quality along clips of 15 frames.
 
-It compares the bidirectional teacher, the causal student after KD and the one after Self-Forcing, with the same prompts.
+The bidirectional teacher, the causal student after KD and the one after Self-Forcing get the same prompts.
 """
 
 import functools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,9 @@ import matplotlib.pyplot as plt
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from metrics import Evaluator, Quality
+from report import print_table, write_curves, write_samples, write_table
+from sampling import NOISE_SEED, Row, draw_noise, generate, make_row
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -28,12 +30,6 @@ from fv_distill.generation import VideoStreamer
 from fv_distill.rollouts import stream_chunks
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parents[1] / "digits"))
-
-from metrics import Evaluator, Quality
-from report import print_table, write_curves, write_samples, write_table
-from sampling import NOISE_SEED, Row, draw_noise, generate, make_row
-
 TEACHER = HERE / "teacher"
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 1.5

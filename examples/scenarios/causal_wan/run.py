@@ -1,15 +1,15 @@
-"""From a bidirectional teacher to a causal student that streams, in three stages: teacher paths, causal KD, Self-Forcing.
+"""From a bidirectional teacher to a causal student that streams: teacher paths, causal KD, Self-Forcing.
 
-    python examples/scenarios/causal_wan/run.py                     # digits, on a CPU; the script behind `make demo-causal`
-    python examples/scenarios/causal_wan/run.py --resume            # go on after an interruption
+    python examples/scenarios/causal_wan/run.py            # digits, on a CPU; the script behind `make demo-causal`
+    python examples/scenarios/causal_wan/run.py --resume   # go on after an interruption
 
     python examples/scenarios/causal_wan/run.py --output-dir outputs/causal-wan \\
         --kd-config examples/configs/kd_causal/wan2.1_1.3b.yaml \\
         --self-forcing-config examples/configs/self_forcing/wan2.1_1.3b.yaml \\
         --accelerate-config configs/accelerate/fsdp2_8gpu.yaml --data-path /data/captions
 
-Paths, runs and students lie in the output directory: paths/, kd/, kd-student/, self_forcing/, student/. For the digits the
-students are then measured and drawn. Other options, such as --training.optimizer.learning_rate 1e-5, go to both trainings.
+Paths, runs and students lie in the output directory: paths/, kd/, kd-student/, self_forcing/, student/. The digits
+students are then measured and drawn. Further options, such as --training.seed 1, go to both trainings.
 """
 
 import argparse
@@ -54,6 +54,8 @@ def main() -> None:
         print(f'stream it: fv-distill generate --model {output / "student"} --prompt "..." --stream')
         return
 
+    # Judge, metrics and pictures are the main demo's.
+    sys.path.append(str(REPOSITORY / "examples/digits"))
     from measure import measure_and_report
 
     measure_and_report(output, seed=args.seed, fast=args.fast, seconds=seconds, started=started)
