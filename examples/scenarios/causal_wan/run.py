@@ -125,6 +125,9 @@ def launch(stage: Stage, args: argparse.Namespace) -> None:
     # The configs name their files from the repository's root.
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     status = subprocess.run([*launcher, *command], cwd=REPOSITORY, check=False).returncode
+    # A stage that is stopped by a signal saves, ends well, and has no student to show.
+    if status == 0 and stage.done is not None and not stage.done.is_file():
+        status = 1
     if status:
         print(f"{stage.name} ended with status {status}; --resume goes on from there", file=sys.stderr)
         raise SystemExit(status if status > 0 else 128 - status)

@@ -5,6 +5,7 @@ uninterrupted one would have seen, and a global batch doesn't depend on how it i
 """
 
 import functools
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -146,6 +147,7 @@ def build_loader(
         batch_sampler=_Sampler(plan, steps),
         collate_fn=_identity,
         num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_the_run,
         pin_memory=torch.cuda.is_available(),
         # Its own, as an iterator draws the workers' seeds from it: the global generator must stay untouched.
         generator=torch.Generator().manual_seed(derive_seed(seed, "data_workers")),
@@ -293,3 +295,9 @@ def _check_text_fits(row: Row, text_length: int) -> None:
             f"{row.place}, column {TEXT}: {num_tokens} tokens are more than training.data.text_length={text_length}; "
             f"set text_length to at least {num_tokens}, or preprocess with shorter captions"
         )
+
+
+def _leave_signals_to_the_run(_: int) -> None:
+    """A terminal or a scheduler signals the whole process group; workers have to live until the run has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -75,10 +75,14 @@ class CheckpointManager:
         if step == self.trainer.config.training.loop.max_train_steps or (every and step % every == 0):
             self.save()
 
+    def save_unless_saved(self) -> Path:
+        """The checkpoint of the present step, which may have just been due."""
+        return path if (path := self._path()) == self.latest() else self.save()
+
     def save(self) -> Path:
         """Write a checkpoint of the present step and drop those beyond `keep_last`."""
         accelerator = self.trainer.accelerator
-        final = self.folder / f"step-{self.trainer.step:08d}"
+        final = self._path()
         partial = final.with_suffix(INCOMPLETE)
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -117,6 +121,9 @@ class CheckpointManager:
         """The newest complete checkpoint of this run."""
         found = complete_checkpoints(self.folder.parent)
         return found[-1] if found else None
+
+    def _path(self) -> Path:
+        return self.folder / f"step-{self.trainer.step:08d}"
 
     def _check_compatible(self, path: Path, metadata: dict[str, Any]) -> None:
         sharded = self.trainer.accelerator.is_fsdp2

@@ -238,7 +238,12 @@ def _check_export(sigmas: Sequence[float], sample_type: str, *, wanted: bool) ->
 
 
 def export_if_asked(trainer: Trainer) -> None:
-    """Make a diffusers directory of the last checkpoint's student, and push it, as `pipeline` says."""
+    """Make a diffusers directory of the last checkpoint's student, and push it, as `pipeline` says.
+
+    A run that was stopped early exports nothing: it isn't done.
+    """
+    if trainer.stopped_by is not None:
+        return
     pipeline = trainer.config.pipeline
     if pipeline.export_dir is not None and trainer.accelerator.is_main_process:
         checkpoint = trainer.checkpoints.latest()

@@ -16,6 +16,7 @@ from fv_distill.rng import SampleRng
 from fv_distill.rollouts.ode import STATES
 
 from .checkpoint import CheckpointManager
+from .interrupt import StopRequest
 from .roles import prepare_roles
 from .sharding import gradient_sync
 from .tracking import RunLog
@@ -34,6 +35,9 @@ class Trainer:
         dataset: the rows.
         config: the run's config.
         callbacks: hooks; their order is the order of the calls.
+
+    Attributes:
+        stopped_by: the signal that ended the run early, such as "SIGTERM", or None.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Trainer:
         self.callbacks = callbacks
         self.dataset = dataset
         self.step = 0
+        self.stopped_by: str | None = None
         self._nonfinite_steps = 0
         training = config.training
         self.plan = BatchPlan(
@@ -73,6 +78,8 @@ class Trainer:
     def train(self) -> None:
         """Run from the first step, or the resumed one, to `training.loop.max_train_steps`.
 
+        After a SIGTERM or SIGINT the run ends with the present step, saved.
+
         Raises:
             NonFiniteLossError: after `max_nonfinite_steps` steps in a row without a finite loss.
         """
@@ -81,18 +88,33 @@ class Trainer:
         self.checkpoints.resume_if_asked()
         self.log.start(self.step, loop.max_train_steps)
         try:
-            for micro_batches in self._batches():
-                self.step += 1
-                metrics: dict[str, float] = {}
-                for role in self.method.updates(self.step):
-                    metrics |= self._update(role, micro_batches)
-                self._stop_if_nonfinite(metrics)
-                self.callbacks.call("on_training_step_end", self, metrics)
-                self.log.step(self.step, metrics, num_bad_rows=sum(batch["num_bad_rows"] for batch in micro_batches))
-                self.checkpoints.save_if_due()
+            with StopRequest(self.accelerator) as stop:
+                for micro_batches in self._batches():
+                    self._train_step(micro_batches)
+                    if self.step < loop.max_train_steps and (signal_name := stop.agreed()):
+                        self._stop_early(signal_name)
+                        return
             self.callbacks.call("on_train_end", self)
         finally:
             self.log.finish()
+
+    def _train_step(self, micro_batches: list[dict[str, Any]]) -> None:
+        """All updates of one step, logged and, where it is time, saved."""
+        self.step += 1
+        metrics: dict[str, float] = {}
+        for role in self.method.updates(self.step):
+            metrics |= self._update(role, micro_batches)
+        self._stop_if_nonfinite(metrics)
+        self.callbacks.call("on_training_step_end", self, metrics)
+        self.log.step(self.step, metrics, num_bad_rows=sum(batch["num_bad_rows"] for batch in micro_batches))
+        self.checkpoints.save_if_due()
+
+    def _stop_early(self, signal_name: str) -> None:
+        self.stopped_by = signal_name
+        path = self.checkpoints.save_unless_saved()
+        self.log.warn(
+            f"{signal_name}: stopped after step {self.step} and saved {path}; --resume-from-checkpoint latest goes on"
+        )
 
     def _update(self, role_name: str, micro_batches: list[dict[str, Any]]) -> dict[str, float]:
         """Accumulate the gradients of one role over the micro-batches and step its optimizer if all is finite."""
