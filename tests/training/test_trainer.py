@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -187,6 +188,26 @@ def test_only_the_bad_roles_update_is_skipped(dmd2, monkeypatch):
     assert_same_tensors(student_after(output_dir, 2), load_start(dmd2))
     critics = [load_role_weights(checkpoint(output_dir, step), "critic") for step in (1, 2)]
     assert largest_difference(*critics) > 1e-4
+
+
+@pytest.mark.parametrize("callbacks", [{}, {"grad_clip": {}}], ids=["bare", "grad_clip"])
+def test_gradients_that_are_not_finite_are_noticed_where_the_loss_is(finetune, monkeypatch, capsys, callbacks):
+    finetune["training"]["checkpoint"] = {"every_steps": 1, "keep_last": 4}
+    finetune["callbacks"] = callbacks
+    original = FineTuneMethod.losses
+
+    def losses(self, which, batch, rng):
+        for term in original(self, which, batch, rng):
+            if rng.step == 2:
+                term.loss.register_hook(lambda grad: grad * math.inf)
+            yield term
+
+    monkeypatch.setattr(FineTuneMethod, "losses", losses)
+    output_dir = train(finetune)
+    assert re.search(r"step 2: grad_norm/student=(nan|inf); this update was skipped", capsys.readouterr().out)
+    assert all(math.isfinite(line["loss/student"]) for line in metrics(output_dir))
+    assert_same_tensors(student_after(output_dir, 1), student_after(output_dir, 2))
+    assert largest_difference(student_after(output_dir, 2), student_after(output_dir, 3)) > 1e-4
 
 
 def test_it_stops_after_so_many_and_names_the_last_good_checkpoint(finetune, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, Pr
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fv_distill.models.base import ModelBase
@@ -152,6 +153,13 @@ def local_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """A network's parameters, this process's shards of them under FSDP2."""
     reshard(module)
     return unwrap(module).parameters()
+
+
+def gradient_norm(module: nn.Module) -> torch.Tensor:
+    """The total 2-norm of a prepared network's gradients, a scalar; the same on every process."""
+    gradients = [parameter.grad for parameter in unwrap(module).parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def gradient_sync(accelerator: Accelerator, module: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ from fv_distill.rollouts.ode import STATES
 from .checkpoint import CheckpointManager
 from .interrupt import StopRequest
 from .roles import prepare_roles
-from .sharding import gradient_sync
+from .sharding import gradient_norm, gradient_sync
 from .tracking import RunLog
 
 
@@ -134,9 +134,18 @@ class Trainer:
         sums.setdefault(f"loss/{role_name}", total)
         rate = role.set_learning_rate()
         self.callbacks.call("on_before_optimizer_step", self, role_name, sums)
+        norm_name = f"grad_norm/{role_name}"
+        is_norm_logged = norm_name in sums
+        if not is_norm_logged:
+            # A finite loss may have gradients that are not.
+            sums[norm_name] = gradient_norm(role.model.transformer)
         metrics = self._mean_over_processes(sums)
+        if not is_norm_logged:
+            norm = metrics.pop(norm_name)
+            if _all_finite(metrics) and not math.isfinite(norm):
+                metrics[norm_name] = norm
         role.updates += 1
-        if all(math.isfinite(value) for value in metrics.values()):
+        if _all_finite(metrics):
             role.optimizer.step()
             self.callbacks.call("on_after_optimizer_step", self, role_name)
         role.optimizer.zero_grad(set_to_none=True)
@@ -198,3 +207,7 @@ class Trainer:
                 "Lower training.optimizer.learning_rate or look at the data "
                 "(the limit is training.loop.max_nonfinite_steps)"
             )
+
+
+def _all_finite(metrics: Mapping[str, float]) -> bool:
+    return all(math.isfinite(value) for value in metrics.values())
