@@ -1,4 +1,5 @@
-# make demo   set up, distil the digits teacher, show what came out;  make demo-causal  the same into a streaming student
+# make demo   set up, distil the digits teacher, show what came out
+# make demo-causal   the same, into a student that streams
 # make test   set up, run the tests
 # make style  format and mend what can be mended;  make quality  check only
 

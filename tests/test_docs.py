@@ -13,7 +13,9 @@ from fv_distill.rng import SampleRng
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "benchmarks/README.md", ROOT / "examples/README.md"])
+PAGES = sorted(
+    [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "benchmarks/README.md", *(ROOT / "examples").rglob("README.md")]
+)
 INLINE = re.compile(r"`([^`\n]+)`")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 

@@ -39,6 +39,7 @@ ALL_PARTS = range(LONG_FRAMES - NUM_FRAMES + 1)
 TIMED_CLIPS = 5
 TITLE = "Causal digits demo"
 TEACHER_NAME = "teacher, bidirectional"
+LONG_TEACHER_NAME = f"teacher, {LONG_FRAMES} frames at once"
 KD_NAME = "causal KD"
 STUDENT_NAME = "Self-Forcing"
 
@@ -112,7 +113,7 @@ def measure(
     speed = time_clips(lambda caption: [sample(torch.tensor([caption]), draw_noise(1))])
     rows.append(StreamingRow(**asdict(row), **speed))
     # Three times what it was trained on, all at once: it has no other way.
-    clips[TEACHER_NAME] = sample(captions, draw_noise(count, LONG_FRAMES))
+    clips[LONG_TEACHER_NAME] = sample(captions, draw_noise(count, LONG_FRAMES))
 
     for name, directory in ((KD_NAME, output / "kd-student"), (STUDENT_NAME, output / "student")):
         streamer = VideoStreamer.from_pretrained(directory)
