@@ -52,6 +52,7 @@ setup(
         "numpy>=2.4,<3",
         "pillow>=13",
         "ftfy>=6.3,<7",
+        "packaging>=24",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["fv-distill = fv_distill.cli:main"]},

@@ -145,6 +145,19 @@ def generate(words: Sequence[str]) -> None:
         generate_video(args)
 
 
+def doctor(words: Sequence[str]) -> None:
+    """Look at versions, devices, attention, disk and the start of several processes; status 1 if something is wrong."""
+    parser = argparse.ArgumentParser(prog="fv-distill doctor", description=doctor.__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("outputs"), metavar="DIR", help="where runs go (default: outputs)"
+    )
+    args = parser.parse_args(words)
+    from .doctor import run_doctor
+
+    if not run_doctor(args.output_dir):
+        raise SystemExit(1)
+
+
 def demo(words: Sequence[str]) -> None:
     """Distil a tiny Wan teacher of handwritten digits into a few-step student, and measure both; minutes on a CPU."""
     parser = argparse.ArgumentParser(prog="fv-distill demo", description=demo.__doc__, allow_abbrev=False)
@@ -190,5 +203,6 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "export": (export, "make a diffusers directory of a checkpoint"),
     "convert-wan": (convert_wan, "turn original Wan or Self-Forcing weights into a diffusers directory, or back"),
     "generate": (generate, "make a video with a model, streamed where it is causal"),
+    "doctor": (doctor, "look at this machine: versions, devices, disk, several processes"),
     "demo": (demo, "distil and measure a student of handwritten digits"),
 }
