@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/fv-distill demo
 
 demo-causal: $(STAMP)
-	$(BIN)/python examples/scenarios/causal_wan/run.py
+	$(BIN)/python examples/scenarios/causal_wan/run.py --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu"

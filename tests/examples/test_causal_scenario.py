@@ -69,6 +69,18 @@ def test_resume_skips_finished_stages_and_continues_the_interrupted_one(output):
     assert (output / "student/transformer/diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
+def test_an_earlier_run_is_not_thrown_away(tmp_path):
+    (tmp_path / "paths").mkdir()
+    done = subprocess.run(
+        [sys.executable, str(SCENARIO / "run.py"), "--output-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "(paths); continue it with --resume" in done.stderr
+    assert (tmp_path / "paths").is_dir()
+
+
 def test_stages_hand_over_what_they_made(monkeypatch):
     spec = importlib.util.spec_from_file_location("causal_scenario", SCENARIO / "run.py")
     script = importlib.util.module_from_spec(spec)

@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
 KD_CONFIG = HERE / "kd_causal.yaml"
 SELF_FORCING_CONFIG = HERE / "self_forcing.yaml"
+WRITTEN = ("paths", "kd", "kd-student", "self_forcing", "student")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ def main() -> None:
     output = args.output_dir.resolve()
     started = time.monotonic()
     if not args.resume:
-        # The runs replace what they find; paths of another config would be an error.
-        shutil.rmtree(output / "paths", ignore_errors=True)
+        clear(output, overwrite=args.overwrite)
     seconds = {}
     for stage in stages(args, output, overrides):
         begun = time.monotonic()
@@ -73,11 +73,25 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo-causal"))
     parser.add_argument("--seed", type=int, default=0, help="of both trainings")
     parser.add_argument("--resume", action="store_true", help="skip finished stages and continue the interrupted one")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in the directory")
     parser.add_argument("--fast", action="store_true", help="a few steps and clips, to see that all of it runs")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of the stages")
     args, overrides = parser.parse_known_args()
+    if args.resume and args.overwrite:
+        parser.error("--resume continues what is there, --overwrite removes it: give one of them")
     args.kd_config, args.self_forcing_config = args.kd_config.resolve(), args.self_forcing_config.resolve()
     return args, overrides
+
+
+def clear(output: Path, *, overwrite: bool) -> None:
+    """Make room for a run from the start; what an earlier one made may have taken days."""
+    present = [name for name in WRITTEN if (output / name).exists()]
+    if present and not overwrite:
+        message = f"error: {output} holds an earlier run ({', '.join(present)}); continue it with --resume, replace it "
+        print(f"{message}with --overwrite, or choose another --output-dir", file=sys.stderr)
+        raise SystemExit(2)
+    for name in present:
+        shutil.rmtree(output / name)
 
 
 def stages(args: argparse.Namespace, output: Path, overrides: list[str]) -> list[Stage]:
