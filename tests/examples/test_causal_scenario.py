@@ -95,5 +95,5 @@ def test_stages_hand_over_what_they_made(monkeypatch):
     start = self_forcing.options[self_forcing.options.index("--models.student.weights") + 1]
     assert Path(start).parent == Path(kd.options[kd.options.index("--pipeline.export_dir") + 1])
     for stage in (paths, kd, self_forcing):
-        assert stage.options[stage.options.index("--training.data.data_path") + 1] == "rows"
+        assert stage.options[stage.options.index("--training.data.data_path") + 1] == str(Path("rows").resolve())
         assert stage.options[stage.options.index("--training.data.num_workers") + 1] == "2"

@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
 KD_CONFIG = HERE / "kd_causal.yaml"
 SELF_FORCING_CONFIG = HERE / "self_forcing.yaml"
+CPU_CONFIG = REPOSITORY / "configs/accelerate/cpu.yaml"
 WRITTEN = ("paths", "kd", "kd-student", "self_forcing", "student")
 
 
@@ -68,8 +69,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--kd-config", type=Path, default=KD_CONFIG, help="of the paths and of causal KD")
     parser.add_argument("--self-forcing-config", type=Path, default=SELF_FORCING_CONFIG)
-    parser.add_argument("--accelerate-config", type=Path, default=REPOSITORY / "configs/accelerate/cpu.yaml")
-    parser.add_argument("--data-path", help="rows of captions, in place of the configs'")
+    parser.add_argument("--accelerate-config", type=Path, default=CPU_CONFIG)
+    parser.add_argument("--data-path", type=Path, help="rows of captions, in place of the configs'")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo-causal"))
     parser.add_argument("--seed", type=int, default=0, help="of both trainings")
     parser.add_argument("--resume", action="store_true", help="skip finished stages and continue the interrupted one")
@@ -99,7 +100,7 @@ def stages(args: argparse.Namespace, output: Path, overrides: list[str]) -> list
     paths, kd_student, student = output / "paths", output / "kd-student", output / "student"
     common = ["--training.seed", str(args.seed), *overrides]
     if args.data_path:
-        common += ["--training.data.data_path", args.data_path]
+        common += ["--training.data.data_path", str(args.data_path.resolve())]
     kd = ["--config", str(args.kd_config), "--method.teacher_path_cache", str(paths), *common]
     self_forcing = ["--config", str(args.self_forcing_config), *common]
     # A directory, because a large network's weights lie in several files.
@@ -129,11 +130,13 @@ def launch(stage: Stage, args: argparse.Namespace) -> None:
             print(f"{stage.name}: done before, in {stage.done.parent}", flush=True)
             return
         stage.done.unlink(missing_ok=True)
-        interrupted = args.resume and any((stage.run / "checkpoints").glob("step-*"))
+        interrupted = args.resume and any((stage.run / "checkpoints").glob("step-????????/metadata.json"))
         options += ["--resume-from-checkpoint", "latest"] if interrupted else ["--overwrite"]
     if args.debug:
         options += ["--debug"]
-    threads = [] if "OMP_NUM_THREADS" in os.environ else ["--num_cpu_threads_per_process", str(os.cpu_count())]
+    threads = []
+    if args.accelerate_config == CPU_CONFIG and "OMP_NUM_THREADS" not in os.environ:
+        threads = ["--num_cpu_threads_per_process", str(os.cpu_count())]
     command = ["--config_file", str(args.accelerate_config.resolve()), *threads, *stage.command, *options]
     print(f"$ accelerate launch {' '.join(command)}", flush=True)
     # The configs name their files from the repository's root.
