@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
-from tiny_runs import checkpoint, dfsft_config, self_forcing_config, train
+from tiny_runs import causal_kd_config, checkpoint, dfsft_config, self_forcing_config, train
 
 from fv_distill import cli
 from fv_distill.export import load_role_weights
@@ -124,6 +124,22 @@ def test_a_causal_model_of_many_steps_streams_too(tiny_wan, tiny_rows, tmp_path)
     train(dfsft_config(tiny_wan, tiny_rows, tmp_path / "run"), {"pipeline.export_dir": str(tmp_path / "model")})
     streamer = VideoStreamer.from_pretrained(tmp_path / "model", num_inference_steps=3)
     assert streamer.sigmas == pytest.approx((1.0, 6 / 7, 0.6)) and streamer.sample_type == "ode"
+    assert streamer.guidance_scale == 5.0, "as WanPipeline has it"
+    guided, unguided = (streamer.generate(PROMPT, guidance_scale=scale) for scale in (None, 1.0))
+    assert guided.shape == (9, 32, 32, 3) and not np.array_equal(guided, unguided)
+    # The pass that guidance adds is the network's own on another text, over a history of its own.
+    assert np.array_equal(streamer.generate(PROMPT, guidance_scale=0.0), streamer.generate("", guidance_scale=1.0))
+    same = streamer.generate(PROMPT, guidance_scale=3.0, negative_prompt=PROMPT)
+    assert np.abs(same.astype(int) - unguided).max() <= 1
+
+
+def test_a_causal_student_needs_no_stock_scheduler(tiny_wan, tiny_rows, tmp_path):
+    """It streams, so levels that FlowMatchEulerDiscreteScheduler can't visit are as good as others."""
+    config = causal_kd_config(tiny_wan, tiny_rows, tmp_path / "run")
+    config["method"]["t_list"] = [999, 937, 833, 624, 0]
+    train(config, {"pipeline.export_dir": str(tmp_path / "student"), "training.loop.max_train_steps": 1})
+    streamer = VideoStreamer.from_pretrained(tmp_path / "student")
+    assert streamer.sigmas == (1.0, 0.937, 0.833, 0.624) and streamer.guidance_scale == 1.0
     assert streamer.generate(PROMPT).shape == (9, 32, 32, 3)
 
 
@@ -173,6 +189,7 @@ def test_the_command_streams_a_video(export, streamer, tmp_path, capsys, suffix)
 def test_the_command_samples_a_bidirectional_model_at_once(tiny_wan, tmp_path, capsys):
     words = ["--model", str(tiny_wan), "--prompt", PROMPT, "--num-frames", "5", "--num-inference-steps", "2"]
     words += ["--height", "32", "--width", "32", "--output", str(tmp_path / "out.gif")]
+    words += ["--guidance-scale", "2", "--negative-prompt", "bad"]
     cli.main(["generate", *words])
     assert "5 frames" in capsys.readouterr().out and (tmp_path / "out.gif").is_file()
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import fv_distill
 
@@ -105,6 +106,11 @@ def convert_wan(words: Sequence[str]) -> None:
         "--component", default="transformer", help="or transformer_2, the low-noise network of Wan 2.2 A14B"
     )
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the weights' own)")
+    causal = parser.add_argument_group("causal networks, so that `fv-distill generate` can stream them")
+    causal.add_argument("--chunk-size", type=int, metavar="N", help="latent frames per chunk; 3 in Self-Forcing")
+    causal.add_argument("--sigmas", type=float, nargs="+", metavar="X", help="noise levels of a few-step one, from 1")
+    causal.add_argument("--local-window", type=int, metavar="N", help="latent frames that a chunk looks back (all)")
+    causal.add_argument("--sink-frames", type=int, default=0, metavar="N", help="first frames always in sight (0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     args = parser.parse_args(words)
@@ -112,13 +118,20 @@ def convert_wan(words: Sequence[str]) -> None:
         parser.error("--to-original takes no --base-model and no --key: a diffusers directory has its own config")
     if not args.to_original and not args.base_model:
         parser.error("--base-model is required: the weights are checked against its config")
-    options = {"component": args.component, "dtype": args.dtype, "overwrite": args.overwrite}
+    if args.chunk_size is None and (args.sigmas or args.local_window or args.sink_frames):
+        parser.error("--sigmas, --local-window and --sink-frames describe a causal network: add its --chunk-size")
+    if args.chunk_size is not None and args.to_original:
+        parser.error("--to-original takes no --chunk-size: an original file has no place for it")
+    options: dict[str, Any] = {"component": args.component, "dtype": args.dtype, "overwrite": args.overwrite}
     with exit_on_user_error(debug=args.debug):
-        from .export.convert_wan import convert_wan_checkpoint, convert_wan_to_original
+        from .export.convert_wan import causal_info, convert_wan_checkpoint, convert_wan_to_original
 
         if args.to_original:
             convert_wan_to_original(args.input, args.output, **options)
         else:
+            if args.chunk_size is not None:
+                names = ("chunk_size", "sigmas", "local_window", "sink_frames")
+                options["streaming"] = causal_info(args.base_model, **{name: getattr(args, name) for name in names})
             convert_wan_checkpoint(args.input, args.output, base_model=args.base_model, key=args.key, **options)
     console.print(f"converted {args.input} to {args.output}", highlight=False, markup=False, soft_wrap=True)
 
@@ -132,6 +145,10 @@ def generate(words: Sequence[str]) -> None:
     parser.add_argument("--stream", action="store_true", help="print each chunk's latency; causal students only")
     parser.add_argument("--num-frames", type=int, metavar="N", help="default: as long as the training clips")
     parser.add_argument("--num-inference-steps", type=int, metavar="N", help="of a model that was not distilled")
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="X", help="default: 1 (none) for a distilled student, else the model's"
+    )
+    parser.add_argument("--negative-prompt", default="", help="what guidance's other pass reads (default: nothing)")
     parser.add_argument("--height", type=int, help="in pixels (default: the training clips')")
     parser.add_argument("--width", type=int, help="in pixels (default: the training clips')")
     parser.add_argument("--fps", type=float, default=16, help="of the file (default: 16)")

@@ -46,9 +46,11 @@ def _stream(directory: Path, args: argparse.Namespace) -> None:
     )
     # Encoded before the clock starts: the text encoder's loading is no part of a chunk's latency.
     streamer.model.prompt_conditioning(args.prompt)
-    chunks = streamer.stream(
-        args.prompt, num_frames=args.num_frames, seed=args.seed, height=args.height, width=args.width
-    )
+    guidance_scale = streamer.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    if guidance_scale != 1:
+        streamer.model.prompt_conditioning(args.negative_prompt)
+    given = ("num_frames", "seed", "height", "width", "guidance_scale", "negative_prompt")
+    chunks = streamer.stream(args.prompt, **{name: getattr(args, name) for name in given})
     write_video_stream(args.output, _timed(chunks, told=args.stream), fps=args.fps)
 
 
@@ -75,9 +77,11 @@ def _sample(directory: Path, call: dict[str, Any], args: argparse.Namespace) -> 
     device = torch.device(args.device or torch.accelerator.current_accelerator() or "cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     pipeline: Any = DiffusionPipeline.from_pretrained(directory, dtype=dtype).to(device)
-    given = ("num_frames", "num_inference_steps", "height", "width")
+    given = ("num_frames", "num_inference_steps", "height", "width", "guidance_scale")
     call = call | {key: value for key in given if (value := getattr(args, key)) is not None}
     torch.manual_seed(args.seed)  # a scheduler that noises afresh draws from the global generator
+    if args.negative_prompt:
+        call["negative_prompt"] = args.negative_prompt
     start = time.perf_counter()
     frames = pipeline(args.prompt, generator=torch.Generator().manual_seed(args.seed), output_type="np", **call).frames[
         0

@@ -12,13 +12,15 @@ from torch import Tensor
 import fv_distill.models
 from fv_distill.models.base import CausalModelBase
 from fv_distill.models.conditioning import Conditioning
+from fv_distill.models.kv_cache import KVCache
 from fv_distill.models.pretrained import load_component_config, resolve_directory
 from fv_distill.rng import generator_for
-from fv_distill.rollouts.autoregressive import stream_chunks
+from fv_distill.rollouts.autoregressive import StreamingGuidance, stream_chunks
 from fv_distill.schedules.shift import shift_sigma
 
-# Steps of a causal model that was not distilled, where nobody says another number.
+# Of a causal model that was not distilled, where nobody says another number: WanPipeline's own.
 DEFAULT_STEPS = 50
+DEFAULT_GUIDANCE = 5.0
 
 
 class VideoStreamer:
@@ -32,6 +34,7 @@ class VideoStreamer:
         latent_shape: `[C, T, H, W]` of the training clips, the default size.
         frames_per_latent: video frames of every latent frame but the first, which is one.
         spatial_factor: pixels per latent pixel.
+        guidance_scale: what `stream` takes where it is given none; 1 makes no unconditional pass.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class VideoStreamer:
         latent_shape: Sequence[int],
         frames_per_latent: int,
         spatial_factor: int,
+        guidance_scale: float = 1.0,
     ) -> None:
         self.model = model
         self.sigmas = tuple(sigmas)
@@ -52,6 +56,7 @@ class VideoStreamer:
         self.latent_shape = tuple(latent_shape)
         self.frames_per_latent = frames_per_latent
         self.spatial_factor = spatial_factor
+        self.guidance_scale = guidance_scale
 
     @classmethod
     def from_pretrained(
@@ -107,6 +112,7 @@ class VideoStreamer:
             latent_shape=(int(vae["z_dim"]), frames, call["height"] // spatial, call["width"] // spatial),
             frames_per_latent=factor,
             spatial_factor=spatial,
+            guidance_scale=DEFAULT_GUIDANCE if info["sigmas"] is None else 1.0,
         )
 
     def stream(
@@ -117,6 +123,8 @@ class VideoStreamer:
         seed: int = 0,
         height: int | None = None,
         width: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str = "",
     ) -> Iterator[np.ndarray]:
         """Frames as they come, uint8 `[f, H, W, 3]`, one array per chunk.
 
@@ -127,6 +135,9 @@ class VideoStreamer:
             seed: of the noise, which a chunk has whatever the length of the video.
             height: in pixels; None is the training clips'.
             width: in pixels; None is the training clips'.
+            guidance_scale: `uncond + scale (cond - uncond)`, at the price of a second pass and a second cache; None is
+                1, none, for a distilled student and 5 for others.
+            negative_prompt: what the unconditional pass reads.
 
         Raises:
             ValueError: for a size that does not divide into the network's patches.
@@ -134,7 +145,8 @@ class VideoStreamer:
         shape, wanted = self._plan(num_frames, height, width)
         decode = self.model.streaming_decoder()
         done = 0
-        for chunk in self.stream_latents(prompt, shape, seed=seed):
+        options: dict[str, Any] = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
+        for chunk in self.stream_latents(prompt, shape, seed=seed, **options):
             frames = _to_uint8(decode(chunk))[: wanted - done]
             done += len(frames)
             if len(frames):
@@ -144,8 +156,17 @@ class VideoStreamer:
         """The whole video, uint8 `[F, H, W, 3]`; options as in `stream`."""
         return np.concatenate(list(self.stream(prompt, **options)))
 
-    def stream_latents(self, prompt: str, latent_shape: Sequence[int], *, seed: int = 0) -> Iterator[Tensor]:
-        """Normalised chunks `[1, C, chunk_size, H, W]`."""
+    def stream_latents(
+        self,
+        prompt: str,
+        latent_shape: Sequence[int],
+        *,
+        seed: int = 0,
+        guidance_scale: float | None = None,
+        negative_prompt: str = "",
+    ) -> Iterator[Tensor]:
+        """Normalised chunks `[1, C, chunk_size, H, W]`; options as in `stream`."""
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return stream_clip(
             self.model,
             self.model.prompt_conditioning(prompt),
@@ -154,6 +175,8 @@ class VideoStreamer:
             sample_type=self.sample_type,
             context_noise=self.context_noise,
             key=(seed, "generate"),
+            unconditional=None if scale == 1 else self.model.prompt_conditioning(negative_prompt),
+            guidance_scale=scale,
         )
 
     def _plan(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[tuple[int, ...], int]:
@@ -182,6 +205,8 @@ def stream_clip(
     sample_type: str,
     context_noise: float,
     key: Sequence[int | str],
+    unconditional: Conditioning | None = None,
+    guidance_scale: float = 1.0,
 ) -> Iterator[Tensor]:
     """One clip's normalised chunks `[1, C, chunk_size, H, W]`, with noise from a generator of each chunk's own.
 
@@ -193,6 +218,8 @@ def stream_clip(
         sample_type: "sde" or "ode".
         context_noise: see `autoregressive_rollout`.
         key: what the noise is derived from.
+        unconditional: of batch size 1, needed for a scale other than 1.
+        guidance_scale: 1 makes no unconditional pass.
     """
     channels, frames, height, width = latent_shape
     shape = (1, channels, model.chunk_size, height, width)
@@ -200,17 +227,25 @@ def stream_clip(
     def noise(*parts: int | str) -> Tensor:
         return torch.randn(shape, generator=generator_for(*key, *parts)).to(model.device)
 
+    def new_cache() -> KVCache:
+        return model.new_cache(1, latent_shape, rolling=model.local_window is not None)
+
+    guidance = None
+    if guidance_scale != 1:
+        assert unconditional is not None, "guidance other than 1 needs an unconditional conditioning"
+        guidance = StreamingGuidance(unconditional, guidance_scale, new_cache())
     return stream_chunks(
         model,
         lambda chunk: noise("start", chunk),
         conditioning,
         sigmas,
         num_chunks=frames // model.chunk_size,
-        cache=model.new_cache(1, latent_shape, rolling=model.local_window is not None),
+        cache=new_cache(),
         sample_type=sample_type,
         fresh_noise=lambda chunk, step: noise("fresh", chunk, step),
         context_noise=context_noise,
         context_fresh_noise=lambda chunk: noise("context", chunk),
+        guidance=guidance,
     )
 
 

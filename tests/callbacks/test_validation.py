@@ -162,13 +162,31 @@ def test_a_causal_student_is_streamed_not_sampled_by_a_pipeline(tiny_wan, tiny_r
     assert all(torch.equal(value, expected[key]) for key, value in weights.items())
 
 
-@pytest.mark.parametrize("change", [{"guidance_scale": 3.0}, {"num_frames": 17}])
-def test_what_streaming_has_no_use_for_is_refused(tiny_wan, tiny_rows, tmp_path, prompts, change):
+def test_a_causal_student_of_many_steps_is_streamed_with_guidance(tiny_wan, tiny_rows, tmp_path, prompts, monkeypatch):
+    from tiny_runs import dfsft_config
+
+    from fv_distill.callbacks import validation
+
+    asked = []
+    monkeypatch.setattr(
+        validation, "stream_clip", lambda *_, **options: asked.append(options) or [torch.zeros(1, 4, 3, 4, 4)]
+    )
+    config = dfsft_config(tiny_wan, tiny_rows, tmp_path / "run")
+    config["training"]["loop"]["max_train_steps"] = 1
+    for scale in (None, 1.0):
+        config["training"]["output_dir"] = str(tmp_path / f"run-{scale}")
+        config["callbacks"] = {"validation": {"dataset_file": prompts, "sampling_steps": [3], "guidance_scale": scale}}
+        trained(RunConfig.model_validate(config))
+    assert [options["guidance_scale"] for options in asked] == [5.0] * 3 + [1.0] * 3
+    assert asked[0]["unconditional"] is not None and asked[-1]["unconditional"] is None
+
+
+def test_what_streaming_has_no_use_for_is_refused(tiny_wan, tiny_rows, tmp_path, prompts):
     from tiny_runs import self_forcing_config
 
     config = self_forcing_config(tiny_wan, tiny_rows, tmp_path / "run")
-    config["callbacks"]["validation"] = {"dataset_file": prompts, **change}
-    with pytest.raises(ValueError, match=rf"callbacks.validation.{next(iter(change))}=.* is streamed"):
+    config["callbacks"]["validation"] = {"dataset_file": prompts, "num_frames": 17}
+    with pytest.raises(ValueError, match=r"callbacks.validation.num_frames=17.* is streamed"):
         trained(RunConfig.model_validate(config))
 
 

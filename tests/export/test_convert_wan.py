@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import LATENT_CHANNELS, TEXT_DIM, TEXT_LENGTH, make_tiny_transformer
 
 from fv_distill import cli
-from fv_distill.export import convert_wan_checkpoint, convert_wan_to_original
+from fv_distill.export import convert_state_dict, convert_wan_checkpoint, convert_wan_to_original
+from fv_distill.generation import VideoStreamer
 
 
 def make_original(seed: int) -> OriginalWan:
@@ -94,6 +95,35 @@ def test_a_base_that_is_an_export_does_not_lend_its_description(ode_init, tiny_w
     (base / "fv_distill.json").write_text('{"sigmas": [1.0]}')
     directory = convert_wan_checkpoint(ode_init, tmp_path / "out", base_model=str(base))
     assert not (directory / "fv_distill.json").exists()
+
+
+def test_a_causal_checkpoint_can_be_streamed(ode_init, tiny_wan, tmp_path):
+    words = ["--input", ode_init, "--output", tmp_path / "out", "--base-model", tiny_wan]
+    done = run(*words, "--chunk-size", 1, "--sigmas", 1, 0.9375, 0.833333, 0.625, "--local-window", 2)
+    assert done.returncode == 0, done.stderr
+    streamer = VideoStreamer.from_pretrained(tmp_path / "out")
+    assert streamer.sigmas == (1.0, 0.9375, 0.833333, 0.625) and streamer.sample_type == "sde"
+    assert (streamer.model.chunk_size, streamer.model.local_window, streamer.model.sink_frames) == (1, 2, 0)
+    weights = convert_state_dict(make_original(7).state_dict())
+    assert_same(streamer.model.transformer.state_dict(), weights)
+    assert streamer.generate("a digit", num_frames=9, height=32, width=32).shape == (9, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sigmas", 1, 0.5], "describe a causal network: add its --chunk-size"),
+        (["--chunk-size", 3, "--sigmas", 0.9, 0.5], "sigmas [0.9, 0.5] must fall from 1"),
+        (["--chunk-size", 3, "--sigmas", 1, 0], "sigmas [1.0, 0.0] must fall from 1"),
+        (["--chunk-size", 0], "chunk_size=0 must be at least 1 latent frame"),
+    ],
+)
+def test_mistakes_about_streaming_are_named(ode_init, tiny_wan, tmp_path, words, message, capsys):
+    command = ["convert-wan", "--input", ode_init, "--output", tmp_path / "out", "--base-model", tiny_wan, *words]
+    with pytest.raises(SystemExit) as caught:
+        cli.main([str(word) for word in command])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])

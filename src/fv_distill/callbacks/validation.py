@@ -19,7 +19,7 @@ from fv_distill.config.validation import unknown_key
 from fv_distill.console import console
 from fv_distill.export.call_arguments import training_call_arguments
 from fv_distill.export.scheduler import few_step_scheduler
-from fv_distill.generation import even_sigmas, stream_clip
+from fv_distill.generation import DEFAULT_GUIDANCE, even_sigmas, stream_clip
 from fv_distill.models.base import CausalModelBase
 from fv_distill.models.conditioning import Conditioning
 from fv_distill.rng import derive_seed, generator_for
@@ -56,6 +56,7 @@ class ValidationCallback(Callback):
         every_steps: how often.
         sampling_steps: step counts to sample with, for many-step models.
         guidance_scale: the pipeline's; None is 1 for a few-step student and the pipeline's own default otherwise.
+            A causal student of many steps is streamed with it, over a second cache.
         num_frames: of the clips; None makes clips as long as the training's.
         output_dir: where files go; None is `validation` in the run's directory.
         sampling_timesteps: timesteps falling from 1000 that a few-step model visits; None takes the method's own.
@@ -205,6 +206,7 @@ class ValidationCallback(Callback):
         """A clip by a causal student, chunk by chunk, `[F, H, W, 3]`; a pipeline would show it the future."""
         student = trainer.models["student"]
         assert isinstance(student, CausalModelBase)
+        scale = self._streaming_guidance()
         chunks = stream_clip(
             student,
             self._conditioning(student, index),
@@ -213,6 +215,8 @@ class ValidationCallback(Callback):
             sample_type=trainer.method.sample_type,
             context_noise=trainer.method.context_noise,
             key=(self.seed, "validation", index),
+            unconditional=None if scale == 1 else student.negative_conditioning(),
+            guidance_scale=scale,
         )
         video = student.decode_latents(torch.cat(list(chunks), dim=2))
         return video[0].permute(1, 2, 3, 0).cpu().numpy()
@@ -227,13 +231,14 @@ class ValidationCallback(Callback):
 
     def _check_streaming(self) -> None:
         """Raise a `ValueError` for an argument that generation chunk by chunk has no use for."""
-        given = sorted(set(self.call) - {"guidance_scale"})
-        if self.call.get("guidance_scale", 1.0) != 1.0 or given:
-            key = given[0] if given else "guidance_scale"
+        if given := sorted(set(self.call) - {"guidance_scale"}):
             raise ValueError(
-                f"callbacks.validation.{key}={self.call[key]!r}, but a causal student is streamed, in the training "
-                "clips' size and without guidance; remove the key"
+                f"callbacks.validation.{given[0]}={self.call[given[0]]!r}, but a causal student is streamed in the "
+                "training clips' size; remove the key"
             )
+
+    def _streaming_guidance(self) -> float:
+        return float(self.call.get("guidance_scale", DEFAULT_GUIDANCE if self.sigmas is None else 1.0))
 
     def _write(self, trainer: "Trainer", clips: list[Clip], steps: int) -> None:
         assert self.output_dir is not None

@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "checkpoint_weights": ["load_role_weights", "read_checkpoint_metadata"],
         "convert": ["convert"],
-        "convert_wan": ["convert_wan_checkpoint", "convert_wan_to_original"],
+        "convert_wan": ["causal_info", "convert_wan_checkpoint", "convert_wan_to_original"],
         "diffusers_dir": ["StudentInfo", "export_diffusers_directory"],
         "hub": ["push_directory"],
         "scheduler": ["few_step_scheduler"],

@@ -1,7 +1,8 @@
 """Between original Wan checkpoints and diffusers directories: the `fv-distill convert-wan` command."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -9,12 +10,24 @@ from torch import Tensor, nn
 
 from fv_distill.console import console
 from fv_distill.models.pretrained import check_weights_fit, parse_dtype, resolve_directory
+from fv_distill.schedules.few_step import check_falling
 
-from .diffusers_dir import build_transformer, cast_weights, check_output, empty_transformer, pipeline_directory
+from .diffusers_dir import (
+    INFO_FILE,
+    StudentInfo,
+    build_transformer,
+    cast_weights,
+    check_output,
+    empty_transformer,
+    pipeline_directory,
+)
 from .wan_checkpoint import OriginalCheckpoint, read_original_checkpoint, read_safetensors_directory
 from .wan_keys import convert_state_dict, convert_state_dict_to_original, to_original_key
 
 _NETWORK_CLASS = "WanTransformer3DModel"
+
+# What Wan 2.1's 480p networks, and the causal ones made of them, were trained on.
+_CALL = {"height": 480, "width": 832, "num_frames": 81, "max_sequence_length": 512}
 
 _CARD = """\
 ---
@@ -38,6 +51,7 @@ def convert_wan_checkpoint(
     component: str = "transformer",
     dtype: str | None = None,
     overwrite: bool = False,
+    streaming: StudentInfo | None = None,
 ) -> Path:
     """Make a diffusers directory of weights in the original Wan's names: Wan's own, Self-Forcing's and their kin.
 
@@ -51,6 +65,7 @@ def convert_wan_checkpoint(
             (low noise): convert one, then the other with the first's output as `base_model`.
         dtype: "float32", "bfloat16" or "float16" for the written transformer; None keeps the weights' own.
         overwrite: replace an existing diffusers directory.
+        streaming: how to stream a causal network, from `causal_info`; written to `fv_distill.json`.
 
     Raises:
         FileNotFoundError: if the checkpoint or the base model isn't there.
@@ -81,7 +96,49 @@ def convert_wan_checkpoint(
             hub_base="" if Path(base_model).is_dir() else f"base_model: {base_model}\n",
         )
         (partial / "README.md").write_text(card)
+        if streaming is not None:
+            info = {**asdict(streaming), "call": streaming.pipeline_call}
+            (partial / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
     return output_dir
+
+
+def causal_info(
+    base_model: str,
+    *,
+    chunk_size: int,
+    sigmas: Sequence[float] | None = None,
+    local_window: int | None = None,
+    sink_frames: int = 0,
+) -> StudentInfo:
+    """How to stream the weights of a causal Wan, of which their file says nothing.
+
+    Args:
+        base_model: see `convert_wan_checkpoint`.
+        chunk_size: latent frames per chunk; 3 in CausVid and Self-Forcing.
+        sigmas: the few levels it was distilled to, falling from 1, without the final 0; None for a model of many steps.
+        local_window: latent frames before a chunk that it sees; None means all.
+        sink_frames: first latent frames that every chunk sees.
+
+    Raises:
+        ValueError: for sizes that make no chunks, or levels that don't fall from 1.
+    """
+    if chunk_size < 1 or sink_frames < 0 or (local_window is not None and local_window < 0):
+        raise ValueError(
+            f"chunk_size={chunk_size} must be at least 1 latent frame, and local_window={local_window} and "
+            f"sink_frames={sink_frames} at least 0"
+        )
+    levels = None if sigmas is None else tuple(float(sigma) for sigma in sigmas)
+    if levels is not None:
+        check_falling(levels)
+    causal = {"chunk_size": chunk_size, "local_window": local_window, "sink_frames": sink_frames, "context_noise": 0.0}
+    return StudentInfo(
+        base_model=base_model,
+        method="converted by fv-distill convert-wan",
+        sigmas=levels,
+        sample_type="ode" if levels is None else "sde",
+        causal={"adapter": "fv_distill.models.wan_causal.CausalWanModel", **causal},
+        call=dict(_CALL),
+    )
 
 
 def convert_wan_to_original(

@@ -76,12 +76,14 @@ def export_diffusers_directory(
 
     Raises:
         FileExistsError: if the directory isn't empty, and `overwrite` is off or it is no diffusers directory.
-        ValueError: if the weights don't fit the base transformer, no stock scheduler visits the sigmas, or the output
-            and the base directory lie in each other.
+        ValueError: if the weights don't fit the base transformer, no stock scheduler visits the sigmas (which a causal
+            student, that streams without one, is spared), or the output and the base directory lie in each other.
     """
     output_dir, base = Path(output_dir), resolve_directory(info.base_model)
     check_output(output_dir, base, overwrite=overwrite)
-    scheduler: Any = None if info.sigmas is None else few_step_scheduler(info.sigmas, sample_type=info.sample_type)
+    scheduler: Any = None
+    if info.sigmas is not None and info.causal is None:
+        scheduler = few_step_scheduler(info.sigmas, sample_type=info.sample_type)
     transformer = build_transformer(base, weights, dtype=dtype)
     skipped = [] if scheduler is None else ["scheduler"]
     with pipeline_directory(output_dir, base, transformer, skipped=skipped) as partial:

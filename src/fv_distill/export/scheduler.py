@@ -15,6 +15,7 @@ from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from fv_distill.schedules.few_step import check_falling
 from fv_distill.schedules.shift import shift_sigma
 
 _TRAIN_TIMESTEPS = 1000
@@ -36,8 +37,7 @@ def few_step_scheduler(sigmas: Sequence[float], *, sample_type: str = "sde") -> 
     """
     if sample_type not in ("sde", "ode"):
         raise ValueError(f"sample_type={sample_type!r} is neither sde nor ode")
-    if not sigmas or sigmas[0] != 1 or any(a <= b for a, b in zip(sigmas, [*sigmas[1:], 0.0], strict=True)):
-        raise ValueError(f"sigmas {list(sigmas)} must fall from 1 and stay above 0")
+    check_falling(sigmas)
     shift = _solve_shift(sigmas)
     # diffusers' configuration mixin hides its attributes from type checkers.
     scheduler: Any = FlowMatchEulerDiscreteScheduler(

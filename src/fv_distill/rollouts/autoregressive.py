@@ -51,18 +51,39 @@ class Rollout:
     cache: KVCache
 
 
+@dataclass(frozen=True)
+class StreamingGuidance:
+    """Classifier-free guidance chunk by chunk: the unconditional pass has a history, and so a cache, of its own."""
+
+    unconditional: Conditioning
+    scale: float
+    cache: KVCache
+
+
 class _Chunk:
     """One chunk's place in a causal student, called like a whole network; remembers its last call."""
 
-    def __init__(self, student: CausalModelBase, cache: KVCache, start_frame: int) -> None:
-        self._student, self._cache, self._start_frame = student, cache, start_frame
+    def __init__(
+        self,
+        student: CausalModelBase,
+        cache: KVCache,
+        start_frame: int,
+        guidance: StreamingGuidance | None = None,
+    ) -> None:
+        self._student, self._cache, self._start_frame, self._guidance = student, cache, start_frame, guidance
         self.call: ChunkCall | None = None
 
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         self.call = ChunkCall(x_t, sigma, self._start_frame)
-        return self._student.predict_velocity_streaming(
+        velocity = self._student.predict_velocity_streaming(
             x_t, sigma, conditioning, cache=self._cache, start_frame=self._start_frame
         )
+        if self._guidance is None:
+            return velocity
+        unguided = self._student.predict_velocity_streaming(
+            x_t, sigma, self._guidance.unconditional, cache=self._guidance.cache, start_frame=self._start_frame
+        )
+        return flow.guide(velocity, unguided, self._guidance.scale)
 
 
 def autoregressive_rollout(
@@ -156,16 +177,18 @@ def stream_chunks(
     fresh_noise: NoiseAtChunkStep,
     context_noise: float = 0.0,
     context_fresh_noise: NoiseForChunk | None = None,
+    guidance: StreamingGuidance | None = None,
 ) -> Iterator[Tensor]:
     """Clean chunks `[B, C, chunk_size, H, W]`, fp32, each as soon as it is done; all of a student's steps for each.
 
-    `cache` comes from `student.new_cache`, a rolling one for long clips. The other arguments are those of
-    `autoregressive_rollout`, with noise asked for when it is needed.
+    `cache` comes from `student.new_cache`, a rolling one for long clips. `guidance`, for models of many steps, doubles
+    the calls and the cache. The other arguments are those of `autoregressive_rollout`, with noise asked for when it is
+    needed.
     """
     for index in range(num_chunks):
         start = index * student.chunk_size
         x0 = few_step_rollout(
-            _Chunk(student, cache, start),
+            _Chunk(student, cache, start, guidance),
             noise(index),
             conditioning,
             sigmas,
@@ -177,3 +200,6 @@ def stream_chunks(
         if index < num_chunks - 1:
             context = None if context_fresh_noise is None or context_noise == 0 else context_fresh_noise(index)
             store_context(student, x0, conditioning, cache, start, sigma=context_noise, noise=context)
+            if guidance is not None:
+                pair = guidance.unconditional, guidance.cache
+                store_context(student, x0, *pair, start, sigma=context_noise, noise=context)

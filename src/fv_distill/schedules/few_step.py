@@ -27,3 +27,9 @@ def few_step_sigmas(denoising_steps: Sequence[float], *, flow_shift: float, warp
         raise ValueError(f"dmd_denoising_steps={steps} must fall strictly and stay above 0")
     sigmas = [step / 1000 for step in steps]
     return tuple(shift_sigma(sigma, flow_shift) if warp else sigma for sigma in sigmas)
+
+
+def check_falling(sigmas: Sequence[float]) -> None:
+    """Raise a `ValueError` unless the levels fall from 1 and stay above 0."""
+    if not sigmas or sigmas[0] != 1 or any(a <= b for a, b in zip(sigmas, [*sigmas[1:], 0.0], strict=True)):
+        raise ValueError(f"sigmas {list(sigmas)} must fall from 1 and stay above 0")
