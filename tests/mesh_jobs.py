@@ -31,12 +31,12 @@ class Network(nn.Module):
     def __init__(self):
         super().__init__()
         self.inside = nn.Linear(7, 6)
-        self.half = nn.Linear(6, 3, dtype=torch.bfloat16)
+        self.last = nn.Linear(6, 3, dtype=torch.bfloat16)
         self.one = nn.Parameter(torch.randn(1, 5))
         self.register_buffer("counts", torch.arange(3))
 
     def forward(self, x):
-        return self.half(torch.tanh(self.inside(x)).bfloat16()).float().sum() * (self.one**2).sum()
+        return self.last(torch.tanh(self.inside(x)).bfloat16()).float().sum() * (self.one**2).sum()
 
 
 def make(shape, seed, *, step):
@@ -47,7 +47,7 @@ def make(shape, seed, *, step):
         names = ("replicate", "shard") if len(shape) == 2 else ("shard",)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         fully_shard(network.inside, mesh=mesh)
-        fully_shard(network.half, mesh=mesh)
+        fully_shard(network.last, mesh=mesh)
         fully_shard(network, mesh=mesh)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
     if step:

@@ -26,7 +26,7 @@ from fv_distill.models.base import CausalModelBase
 
 from .checkpoint_save import PendingSave, reasons, start_save
 from .checkpoint_state import network_tensors, optimizer_facts, optimizer_tensors, restore_optimizer
-from .checkpoint_storage import INCOMPLETE, ChunkReader
+from .checkpoint_storage import INCOMPLETE, ChunkReader, remove_leftovers
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -160,6 +160,10 @@ class CheckpointManager:
         path = find_checkpoint(self.options.resume_from_checkpoint, trainer.config.training.output_dir)
         metadata = read_checkpoint_metadata(path)
         self._check_compatible(path, metadata)
+        if trainer.accelerator.is_main_process:
+            # The run may have been killed between its last save and this.
+            remove_leftovers(self.folder)
+            self._rotate()
         self._load(path, metadata)
         trainer.step = metadata["step"]
         for name, role in trainer.roles.items():

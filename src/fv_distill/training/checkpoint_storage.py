@@ -126,9 +126,8 @@ class ChunkWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Number the processes, and make the folder if there is room; on the coordinator."""
         self.total_bytes = sum(_num_bytes(plan) for plan in plans)
-        # What saves that were killed have left behind is never resumed from, and may be the room that is needed.
-        for left in self.folder.parent.glob(f"step-*{INCOMPLETE}"):
-            shutil.rmtree(left)
+        # They may be the room that is needed.
+        remove_leftovers(self.folder.parent)
         check_space(self.folder.parent, self.total_bytes)
         self.folder.mkdir(parents=True)
         return [dataclasses.replace(plan, storage_data=number) for number, plan in enumerate(plans)]
@@ -291,6 +290,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what saves and removals that were killed have left behind; it is never resumed from."""
+    for left in folder.glob(f"step-*{INCOMPLETE}"):
+        shutil.rmtree(left)
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
