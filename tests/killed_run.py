@@ -23,6 +23,9 @@ from fv_distill.training import build_trainer
 AUDITED = {"open": "open", "os.mkdir": "mkdir", "os.rename": "rename", "os.remove": "remove", "os.rmdir": "rmdir"}
 KINDS = (*AUDITED.values(), "tensor", "fsync", "step")
 
+# All that takes long to import.
+PRELOADED = ["fv_distill.training.run", "fv_distill.methods.dmd2", "fv_distill.models.wan", "fv_distill.callbacks.ema"]
+
 
 class Events:
     """Counts events in a folder and ends the process at one of them."""
@@ -77,7 +80,8 @@ def run(config, overrides, kind, number, counts=None):
 def start(*arguments):
     """The process of `run`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed_run", "fv_distill.methods.dmd2", "fv_distill.models.wan"])
+    # This file can't be among them: the server doesn't get pytest's path.
+    context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=run, args=arguments)
     process.start()
     return process
