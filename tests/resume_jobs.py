@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import sys
+import threading
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -35,6 +36,9 @@ class FillTheDisk(Callback):
 
     def on_training_step_end(self, trainer, metrics):
         if trainer.step == 3 and trainer.accelerator.process_index == self.rank:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
             resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
