@@ -95,14 +95,13 @@ def test_a_disk_that_fills_up_while_it_is_written(config, tmp_path, async_save):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill():
-        wait_for_saves()
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
 
     try:
         with pytest.raises(
             CheckpointSaveError, match=r"step-00000004 could not be written: OSError: \[Errno 27\] File"
         ):
-            train_with(config, tmp_path, AtStep(3, fill))
+            train_with(config, tmp_path, AtStep(3, wait_for_saves), AtStep(4, fill))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(tmp_path / "run") == ["step-00000002"]
