@@ -19,6 +19,9 @@ from fv_distill.config.load import load_run_config
 from fv_distill.training.run import build_trainer
 from fv_distill.training.sharding import unwrap
 
+# How FSDP2 adds gradients up; the name of the first differs between versions of torch.
+REDUCTIONS = [name for name in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(torch.distributed, name)]
+
 
 class Probe(Callback):
     """Notes of what each role's network is made of, and in which types it is trained."""
@@ -54,19 +57,18 @@ class Reductions:
 
     def __enter__(self):
         self.types = Counter()
-        self._original = {name: getattr(torch.distributed, name) for name in ("reduce_scatter_tensor", "all_reduce")}
+        self._original = {name: getattr(torch.distributed, name) for name in REDUCTIONS}
         for name, original in self._original.items():
-            setattr(torch.distributed, name, self._noting(name, original))
+            setattr(torch.distributed, name, self._noting(original))
         return self
 
     def __exit__(self, *_):
         for name, original in self._original.items():
             setattr(torch.distributed, name, original)
 
-    def _noting(self, name, original):
+    def _noting(self, original):
         def noting(*args, **kwargs):
-            tensor = kwargs.get("input", args[1] if len(args) > 1 and name != "all_reduce" else args[0])
-            self.types[f"{name} {tensor.dtype}"] += 1
+            self.types[str(kwargs["input"].dtype)] += 1
             return original(*args, **kwargs)
 
         return noting

@@ -5,7 +5,7 @@ of it. On CPUs accelerate ignores FSDP and refuses a mesh; with the replacements
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -86,7 +86,9 @@ def cpu_offload_policy(device: torch.device) -> CPUOffloadPolicy:
     return CPUOffloadPolicy(pin_memory=device.type != "cpu")
 
 
-def describe_launch(accelerator: Accelerator, *, context_parallel_degree: int = 1) -> list[str]:
+def describe_launch(
+    accelerator: Accelerator, *, context_parallel_degree: int = 1, offloaded_roles: Sequence[str] = ()
+) -> list[str]:
     """Lines on how the processes divide the work, for people to see at the start that it is what they meant."""
     count, device = accelerator.num_processes, accelerator.device.type
     notes = []
@@ -96,13 +98,17 @@ def describe_launch(accelerator: Accelerator, *, context_parallel_degree: int = 
         mode = f"HSDP, {copies} copies of {count // copies} shards" if copies > 1 else f"FSDP2, {count} shards"
         if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
             mode += ", kept in host memory"
-            if device == "cpu":
-                notes.append("fsdp_offload_params saves nothing on a CPU: host memory is where networks are anyway")
+            notes += ["fsdp_offload_params: true"]
     else:
         mode = "DDP, whole networks" if count > 1 else "whole networks"
     if context_parallel_degree > 1:
         mode += f"; {context_parallel_degree} processes share each clip"
     precision = {"no": "float32", "bf16": "bf16 with float32 master weights"}[accelerator.mixed_precision]
+    notes += [f"models.{role}.placement: offloaded" for role in offloaded_roles]
+    if device == "cpu":
+        notes = [f"{note} saves nothing on a CPU: host memory is where networks are anyway" for note in notes]
+    else:
+        notes = []
     processes = "1 process" if count == 1 else f"{count} processes"
     return [f"{processes} on {device}: {mode}; {precision}", *notes]
 

@@ -110,7 +110,10 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
     # Made here for its checks: a launch that doesn't fit shall be told of before networks are loaded.
     groups = ContextGroups.of(accelerator, training.distributed.context_parallel_degree)
     if accelerator.is_main_process:
-        for line in describe_launch(accelerator, context_parallel_degree=groups.degree):
+        offloaded = [role for role, model in config.models.items() if model.placement == "offloaded"]
+        for line in describe_launch(
+            accelerator, context_parallel_degree=groups.degree, offloaded_roles=offloaded
+        ):
             console.print(line, highlight=False, markup=False)
     if not dry_run:
         # Every process looks before the main one writes, so that all of them see the same directory.

@@ -97,11 +97,11 @@ def prepare_alone(accelerator: Accelerator, model: ModelBase, placement: Placeme
     """Place a frozen network so that a process can call it without the others: whole, or whole and offloaded."""
     device = accelerator.device
     model.compute_on(device)
-    if placement != "offloaded" or device.type == "cpu":
+    if placement != "offloaded":
         model.transformer.to(device)
         return
     network: Any = model.transformer
-    # diffusers' own: a block at a time is on the device, the next one on its way there meanwhile.
+    # diffusers' own: one block at a time is on the device, with a stream the next one is on its way there meanwhile.
     network.enable_group_offload(
         onload_device=device,
         offload_device=torch.device("cpu"),
