@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -48,6 +49,7 @@ class Probe(Callback):
             "dtypes": sorted({str(parameter.dtype) for parameter in parameters}),
             "units": len(units),
             "mesh": sorted(meshes),
+            "group_offloading": _is_group_offload_enabled(network),
             "offloaded": sum(isinstance(group.offload_policy, CPUOffloadPolicy) for group in policies if group),
         }
 

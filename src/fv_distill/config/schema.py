@@ -42,8 +42,8 @@ class ModelConfig(OpenSection):
     )
     placement: Placement = Field(
         "auto",
-        description="of a frozen role's weights: auto is sharded where the launch shards and whole otherwise, replicated "
-        "is whole on every process, offloaded is in host memory between calls",
+        description="where a frozen role's weights are: auto, sharded if the launch shards and else whole; replicated, "
+        "whole on every process; offloaded, in host memory between calls",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     attention_backend: str | None = Field(None, description="a diffusers attention backend, for instance flash")

@@ -1,7 +1,7 @@
-"""Context parallelism: the processes of a group share every clip's tokens, so that clips fit that are too long for one.
+"""Context parallelism: the processes of a group share every clip's tokens, for clips that are too long for one.
 
-Each process has its share of the tokens through the network, and its share of the heads inside self-attention, which two
-exchanges swap ("Ulysses", Jacobs et al. 2023). diffusers does that; groups and gradients are here.
+Each process takes its share of the tokens through the network and, inside self-attention, its share of the heads; two
+exchanges swap them ("Ulysses", Jacobs et al. 2023). diffusers does that; groups and gradients are here.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ class ContextGroups:
     def __post_init__(self) -> None:
         if self.num_processes % self.degree:
             raise ValueError(
-                f"{_KEY}={self.degree} does not divide the number of processes, {self.num_processes}; launch a multiple "
-                "of it or change the degree"
+                f"{_KEY}={self.degree} does not divide the number of processes, {self.num_processes}; launch a "
+                "multiple of it or change the degree"
             )
 
     @classmethod

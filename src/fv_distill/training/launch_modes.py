@@ -1,7 +1,7 @@
 """Which parallel mode accelerate's launch configuration asks for, and what accelerate itself doesn't do on a CPU.
 
-Every mode is a setting of accelerate's, given by its config file or by the environment variables that its launcher makes
-of it. On CPUs accelerate ignores FSDP and refuses a mesh; with the replacements here all modes can be tried there.
+Every mode is a setting of accelerate's, in its config file or in the environment variables that its launcher makes of
+it. On CPUs accelerate ignores FSDP and refuses a mesh; with the replacements here all modes can be tried there.
 """
 
 import os
@@ -22,13 +22,25 @@ def wants_fsdp() -> bool:
 
 
 def check_launch() -> None:
-    """Refuse meshes that would do something else than their names say.
+    """Refuse what would fail later, or do something else than its name says.
 
     Raises:
         ValueError: naming the keys of accelerate's config and the fix.
     """
-    if not _is_on(_USE_MESH):
-        return
+    if wants_fsdp() and _num_launched() > 1 and os.environ.get("FSDP_VERSION") != "2":
+        raise ValueError(
+            "the launcher asks for FSDP but version 2 is not in force; set fsdp_version: 2 in accelerate's config"
+        )
+    if wants_fsdp() and _is_on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        # Accelerate looks each parameter's module up by name, and a diffusers network's root holds one itself.
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading: true fails on diffusers networks; set it to false in accelerate's config"
+        )
+    if _is_on(_USE_MESH):
+        _check_mesh()
+
+
+def _check_mesh() -> None:
     mesh = ParallelismConfig()
     sizes = {"tp": mesh.tp_size, "cp": mesh.cp_size, "sp": mesh.sp_size}
     for name, size in sizes.items():
@@ -38,7 +50,7 @@ def check_launch() -> None:
                 "tokens are shared between processes by training.distributed.context_parallel_degree"
             )
     shape = f"parallelism_config_dp_replicate_size={mesh.dp_replicate_size}, dp_shard_size={mesh.dp_shard_size}"
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = _num_launched()
     if mesh.total_size != processes:
         raise ValueError(
             f"{shape} make a mesh of {mesh.total_size} processes, but {processes} were launched; their product has to "
@@ -111,6 +123,10 @@ def describe_launch(
         notes = []
     processes = "1 process" if count == 1 else f"{count} processes"
     return [f"{processes} on {device}: {mode}; {precision}", *notes]
+
+
+def _num_launched() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _is_on(variable: str) -> bool:

@@ -48,7 +48,8 @@ def prepare_roles(
 ) -> dict[str, Role]:
     """Build optimizers and put every network of the method where it runs.
 
-    Trainable roles come first, in the method's order, which is the order in checkpoints. `placements` is by frozen role.
+    Trainable roles come first, in the method's order, which is the order in checkpoints. `placements` has one for
+    each frozen role.
     """
     roles = {}
     for name in method.roles:

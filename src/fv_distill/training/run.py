@@ -111,9 +111,7 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
     groups = ContextGroups.of(accelerator, training.distributed.context_parallel_degree)
     if accelerator.is_main_process:
         offloaded = [role for role, model in config.models.items() if model.placement == "offloaded"]
-        for line in describe_launch(
-            accelerator, context_parallel_degree=groups.degree, offloaded_roles=offloaded
-        ):
+        for line in describe_launch(accelerator, context_parallel_degree=groups.degree, offloaded_roles=offloaded):
             console.print(line, highlight=False, markup=False)
     if not dry_run:
         # Every process looks before the main one writes, so that all of them see the same directory.

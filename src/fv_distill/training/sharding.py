@@ -40,22 +40,21 @@ def make_accelerator(
         ValueError: for fp16, FSDP version 1, a launcher's FSDP that didn't come into force, or a mesh that doesn't fit.
     """
     check_launch()
+    directories = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs"))
     with mesh_hidden_on_cpu():
         accelerator = Accelerator(
             # Without the flag accelerate starts no process group for several processes on a machine that has only CPUs.
             cpu=not torch.accelerator.is_available(),
             mixed_precision=mixed_precision,
             log_with=list(trackers) or None,
-            project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs")),
+            project_config=directories,
             step_scheduler_with_optimizer=False,
         )
     if accelerator.mixed_precision == "fp16":
         raise ValueError("mixed_precision fp16 is not supported: DMD gradients leave its range; use bf16 or no")
     enable_fsdp2_on_cpu(accelerator)
     if wants_fsdp() and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
-        raise ValueError(
-            "the launcher asks for FSDP but version 2 is not in force; set fsdp_version: 2 in accelerate's config"
-        )
+        raise ValueError(f"the launcher asks for FSDP but accelerate made it {accelerator.distributed_type.value}")
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         # Accelerate's policy reduces gradients in bf16. Its input cast would also round the fp32 timestep to 8 bits, so
         # `_cast_inputs_where_sharded` takes its place.
