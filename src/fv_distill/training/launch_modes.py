@@ -49,7 +49,10 @@ def _check_mesh() -> None:
                 f"parallelism_config_{name}_size={size} in accelerate's config is not supported; remove it. A clip's "
                 "tokens are shared between processes by training.distributed.context_parallel_degree"
             )
-    shape = f"parallelism_config_dp_replicate_size={mesh.dp_replicate_size}, dp_shard_size={mesh.dp_shard_size}"
+    shape = (
+        f"parallelism_config_dp_replicate_size={mesh.dp_replicate_size}, "
+        f"parallelism_config_dp_shard_size={mesh.dp_shard_size}"
+    )
     processes = _num_launched()
     if mesh.total_size != processes:
         raise ValueError(
