@@ -178,12 +178,13 @@ class ValidationCallback(Callback):
 
     def _share(self, trainer: "Trainer", make: Callable[[int], np.ndarray]) -> list[Clip]:
         """This process's share of the clips; `make` gives the prompt's at an index, frames in [0, 1]."""
-        count, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        # Processes that share a clip's tokens make it together.
+        count, rank = trainer.groups.num_groups, trainer.groups.group
         clips = []
         # A sharded network has to be called equally often everywhere: short shares repeat a prompt and drop the clip.
         for start in range(0, len(self.prompts), count):
             frames = make(min(start + rank, len(self.prompts) - 1))
-            if start + rank < len(self.prompts):
+            if start + rank < len(self.prompts) and trainer.groups.is_first:
                 frames = np.clip(np.nan_to_num(frames), 0, 1)
                 clips.append((start + rank, (frames * 255).round().astype(np.uint8)))
         return clips

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 Scheduler = Literal["constant", "linear", "cosine", "polynomial"]
+Placement = Literal["auto", "replicated", "offloaded"]
 
 
 class ConfigError(ValueError):
@@ -39,9 +40,23 @@ class ModelConfig(OpenSection):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the weights; auto is float32 for trainable roles and the compute type for frozen ones"
     )
+    placement: Placement = Field(
+        "auto",
+        description="where a frozen role's weights are: auto, sharded if the launch shards and else whole; replicated, "
+        "whole on every process; offloaded, in host memory between calls",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     attention_backend: str | None = Field(None, description="a diffusers attention backend, for instance flash")
     negative_prompt: str = Field("", description="what guidance's unconditional pass reads")
+
+    @model_validator(mode="after")
+    def _placement_is_for_frozen_roles(self) -> "ModelConfig":
+        if self.trainable and self.placement != "auto":
+            raise ValueError(
+                f"placement={self.placement} is for frozen roles, and this one is trainable; remove the key. Trained "
+                "networks are where the launch puts them (fsdp_offload_params in accelerate's config offloads them)"
+            )
+        return self
 
 
 class MethodConfig(OpenSection):
@@ -60,6 +75,9 @@ class DistributedConfig(Section):
 
     mixed_precision: Literal["no", "bf16"] | None = Field(
         None, description="no or bf16; null takes what `accelerate launch` says"
+    )
+    context_parallel_degree: int = Field(
+        1, ge=1, description="processes that share the tokens of each clip, for clips too long for one"
     )
 
 

@@ -1,5 +1,6 @@
 """Wan 2.1 text-to-video over diffusers' `WanTransformer3DModel`."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -149,6 +150,18 @@ class WanModel(ModelBase):
             raise ValueError(
                 f"a clip of {num_frames} frames can't have {frames} latent frames: this VAE turns {factor}k+1 frames "
                 f"into k+1, so {frames} latent frames are {(frames - 1) * factor + 1} frames; re-encode the clip"
+            )
+
+    def check_context_parallel(self, degree: int, latent_shape: Sequence[int]) -> None:
+        """See `ModelBase.check_context_parallel`: the processes get equal shares of heads and of tokens."""
+        heads = self.network_config.num_attention_heads
+        if heads % degree:
+            raise ValueError(f"{self.directory} has {heads} attention heads, which {degree} processes can't share")
+        tokens = math.prod(latent_shape[1:]) // math.prod(self.network_config.patch_size)
+        if tokens % degree:
+            raise ValueError(
+                f"latents {tuple(latent_shape)} have {tokens} tokens, which {degree} processes can't share; crop the "
+                "data or choose another degree"
             )
 
     def check_text(self, shape: Sequence[int]) -> None:

@@ -27,6 +27,8 @@ from fv_distill.models.base import CausalModelBase, ModelBase
 from fv_distill.rollouts.ode import STATES
 
 from .checkpoint import complete_checkpoints, find_checkpoint
+from .context_parallel import ContextGroups
+from .launch_modes import describe_launch
 from .output_directory import check_output_directory
 from .sharding import make_accelerator
 from .tracking import CONFIG_FILE, METRICS_FILE
@@ -107,6 +109,12 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
         mixed_precision=training.distributed.mixed_precision,
         trackers=() if dry_run else training.tracker.trackers,
     )
+    # Made here for its checks: a launch that doesn't fit shall be told of before networks are loaded.
+    groups = ContextGroups.of(accelerator, training.distributed.context_parallel_degree)
+    if accelerator.is_main_process:
+        offloaded = [role for role, model in config.models.items() if model.placement == "offloaded"]
+        for line in describe_launch(accelerator, context_parallel_degree=groups.degree, offloaded_roles=offloaded):
+            console.print(line, highlight=False, markup=False)
     if not dry_run:
         # Every process looks before the main one writes, so that all of them see the same directory.
         _refuse_foreign_run(config)

@@ -16,6 +16,7 @@ from fv_distill.rng import SampleRng
 from fv_distill.rollouts.ode import STATES
 
 from .checkpoint import CheckpointManager
+from .context_parallel import ContextGroups, enable_context_parallelism
 from .interrupt import StopRequest
 from .roles import prepare_roles
 from .sharding import gradient_norm, gradient_sync
@@ -58,17 +59,23 @@ class Trainer:
         self.stopped_by: str | None = None
         self._nonfinite_steps = 0
         training = config.training
+        self.groups = ContextGroups.of(accelerator, training.distributed.context_parallel_degree)
         self.plan = BatchPlan(
             seed=training.seed,
             num_rows=len(dataset),
             micro_batch_size=training.data.train_batch_size,
             accumulation_steps=training.loop.gradient_accumulation_steps,
-            world_size=accelerator.num_processes,
-            rank=accelerator.process_index,
+            world_size=self.groups.num_groups,
+            rank=self.groups.group,
         )
         callbacks.call("on_before_prepare", self)
+        enable_context_parallelism(accelerator, self.groups, self.models, self.latent_shape)
         self.roles = prepare_roles(
-            accelerator, method, training.optimizer.as_kwargs(), max_train_steps=training.loop.max_train_steps
+            accelerator,
+            method,
+            training.optimizer.as_kwargs(),
+            max_train_steps=training.loop.max_train_steps,
+            placements={name: model.placement for name, model in config.models.items()},
         )
         # Networks that are sharded have left room for a text encoder by now, and were never whole on the device.
         method.encode_prompts()
@@ -131,7 +138,7 @@ class Trainer:
             is_last = index == len(micro_batches) - 1
             with gradient_sync(self.accelerator, role.model.transformer, enabled=is_last):
                 for term in self.method.losses(role_name, batch, rng):
-                    self.accelerator.backward(term.loss / len(micro_batches))
+                    self.accelerator.backward(term.loss * self.groups.gradient_scale / len(micro_batches))
                     total += term.loss.detach().float() / len(micro_batches)
                     for name, value in term.metrics.items():
                         sums[name] = sums.get(name, 0) + value.float() / len(micro_batches)
