@@ -1,6 +1,7 @@
 """What a run leaves to look at: tracker entries, `metrics.jsonl`, the resolved config and a progress bar."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fv_distill.config.load import dump_run_config
 from fv_distill.config.schema import RunConfig
 from fv_distill.console import console
+
+from .sessions import write_session
+from .sigma_losses import NUM_BINS, SIGMA_LOSSES_FILE, SigmaLossWindow, append_line
+from .trackers import start_trackers
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "resolved_config.yaml"
@@ -34,6 +39,7 @@ class RunLog:
         self.config = config
         self.options = config.training.tracker
         self.directory = Path(config.training.output_dir)
+        self.sigma_losses = SigmaLossWindow(self.options.sigma_losses_every_steps)
         self._progress: Progress | None = None
         self._bad_rows = 0
         self._last_line = 0.0
@@ -44,11 +50,9 @@ class RunLog:
             self.directory.mkdir(parents=True, exist_ok=True)
             (self.directory / CONFIG_FILE).write_text(dump_run_config(self.config))
             _keep_until(self.directory / METRICS_FILE, step)
-        if self.options.trackers:
-            flat = _flatten(self.config.model_dump(mode="json", by_alias=True)) | {"yaml": self.config.source_text}
-            init_kwargs = {"wandb": {"name": self.options.run_name}} if self.options.run_name else {}
-            self.accelerator.init_trackers(self.options.project_name, config=flat, init_kwargs=init_kwargs)
-            self._attach_yaml()
+            _keep_until(self.directory / SIGMA_LOSSES_FILE, step)
+        write_session(self.accelerator, self.directory, step=step)
+        start_trackers(self.accelerator, self.config, step=step)
         if self.accelerator.is_main_process and sys.stdout.isatty():
             self._progress = Progress(
                 TextColumn("training"),
@@ -63,17 +67,22 @@ class RunLog:
             self._progress.start()
             self._progress.add_task("training", total=max_steps, completed=step, losses="")
         self._max_steps, self._start_step, self._start_time = max_steps, step, time.monotonic()
+        self._step = step
 
     def step(self, step: int, metrics: Mapping[str, float], *, num_bad_rows: int) -> None:
         """Log a finished step."""
+        self._step = step
         self._bad_rows += num_bad_rows
+        window = self.sigma_losses.close_if_due(step)
         if num_bad_rows:
             self.warn(f"step {step}: {num_bad_rows} bad rows were replaced ({self._bad_rows} so far on this process)")
         if not self.accelerator.is_main_process:
             return
         values = {**metrics, **({"data/bad_rows": self._bad_rows} if self._bad_rows else {})}
-        with (self.directory / METRICS_FILE).open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        append_line(self.directory / METRICS_FILE, {"step": step, **values})
+        if window is not None:
+            append_line(self.directory / SIGMA_LOSSES_FILE, window)
+            self.accelerator.log(_scalars(window), step=step)
         if step % self.options.log_every_steps == 0:
             self.accelerator.log(values, step=step)
         self._show(step, metrics)
@@ -84,17 +93,12 @@ class RunLog:
             console.print(f"[yellow]warning:[/yellow] {message}")
 
     def finish(self) -> None:
-        """Close the progress bar; `accelerator.end_training` closes the trackers."""
+        """Close the progress bar and write the window that is open; `accelerator.end_training` closes the trackers."""
+        window = self.sigma_losses.line(self._step)
+        if self.accelerator.is_main_process and window is not None:
+            append_line(self.directory / SIGMA_LOSSES_FILE, {**window, "partial": True})
         if self._progress is not None:
             self._progress.stop()
-
-    def _attach_yaml(self) -> None:
-        """Put the YAML as it was written beside the flat values that trackers take."""
-        for tracker in self.accelerator.trackers:
-            if self.accelerator.is_main_process and tracker.name == "tensorboard":
-                tracker.writer.add_text(
-                    "config", f"```yaml\n{self.config.source_text or dump_run_config(self.config)}```"
-                )
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         losses = "  ".join(f"{name}={value:.4g}" for name, value in metrics.items() if name.startswith("loss/"))
@@ -110,15 +114,30 @@ class RunLog:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines of later steps, which a resumed run will write again."""
-    if path.is_file():
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+    """Drop the lines of later steps, which a resumed run will write again, and those of windows that it will close."""
+    if not path.is_file():
+        return
+    kept = [line for line in path.read_text().splitlines(keepends=True) if _is_kept(line, step)]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Dotted keys with scalar values: trackers take neither nested nor list values."""
-    if isinstance(value, dict):
-        items = [_flatten(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items()]
-        return {key: inner for item in items for key, inner in item.items()}
-    return {prefix: value if isinstance(value, str | int | float | bool) else json.dumps(value)}
+def _is_kept(line: str, step: int) -> bool:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        # A power failure can leave anything; what it hit is lost either way.
+        return False
+    return line.endswith("\n") and entry["step"] <= step and not entry.get("partial", False)
+
+
+def _scalars(window: Mapping[str, Any]) -> dict[str, float]:
+    """A window as trackers take it, `loss_by_sigma/critic/0.3` for [0.3, 0.4)."""
+    return {
+        f"loss_by_sigma/{name}/{index / NUM_BINS:.1f}": loss
+        for name, bins in window.items()
+        if name != "step"
+        for index, loss in enumerate(bins["loss"])
+        if loss is not None
+    }
