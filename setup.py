@@ -7,7 +7,8 @@ ROOT = Path(__file__).parent
 VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "src/fv_distill/__init__.py").read_text(encoding="utf-8"))[0]
 
 EXTRAS = {
-    "wandb": ["wandb>=0.19,<1"],
+    "wandb": ["wandb>=0.31,<1"],
+    "trackio": ["trackio>=0.43,<1"],
     "video": ["av>=18,<19"],
     "digits": ["scikit-learn>=1.9,<2", "matplotlib>=3.11,<4"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
@@ -33,7 +34,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"fv_distill": ["py.typed"]},
+    package_data={"fv_distill": ["py.typed"], "fv_distill.report": ["templates/*"]},
     # Ranges start at the release that the tests ran with, where older ones were not tried; torch has a wider one.
     install_requires=[
         "torch>=2.9,<2.15",
@@ -53,6 +54,7 @@ setup(
         "pillow>=13",
         "ftfy>=6.3,<7",
         "packaging>=24",
+        "jinja2>=3.1,<4",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["fv-distill = fv_distill.cli:main"]},

@@ -25,8 +25,8 @@ def log_videos(trainer: "Trainer", video: np.ndarray, sheet: np.ndarray, *, suff
         suffix: of the names.
         fps: of the video.
     """
-    # A GIF plays in the browser. To encode frames themselves tensorboard and wandb would need moviepy, without which the
-    # former drops a video with a mere printed line, and trackio ffmpeg.
+    # A GIF plays in the browser. To encode frames tensorboard and wandb would need moviepy, without which the
+    # former drops a video with a mere printed line, and trackio would need ffmpeg.
     gif = encode_gif(video, fps=fps)
     for tracker in trainer.accelerator.trackers:
         if tracker.name == "tensorboard":

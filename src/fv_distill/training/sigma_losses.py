@@ -54,7 +54,7 @@ class SigmaSums:
 class SigmaLossWindow:
     """Means per bin over windows of so many steps, one line of `sigma_losses.jsonl` each.
 
-    Every process holds the same sums, in the order of the steps, and checkpoints carry those of the window that is open:
+    Every process holds the same sums, in the order of the steps, and checkpoints carry those of the open window:
     so the file of a resumed run is the uninterrupted one's, wherever it was cut off.
 
     Args:
