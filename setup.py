@@ -16,6 +16,8 @@ EXTRAS = {
 EXTRAS["dev"] = [
     *EXTRAS["digits"],
     *EXTRAS["video"],
+    *EXTRAS["wandb"],
+    *EXTRAS["trackio"],
     "pytest>=9,<10",
     "ruff==0.17.6",
     "mypy==2.4.1",
@@ -51,7 +53,8 @@ setup(
         "tensorboard>=2.21,<3",
         "pyarrow>=26",
         "numpy>=2.4,<3",
-        "pillow>=13",
+        # trackio refuses pillow 13.
+        "pillow>=12.3",
         "ftfy>=6.3,<7",
         "packaging>=24",
         "jinja2>=3.1,<4",

@@ -1,5 +1,6 @@
 """Two gloo processes, with replicated (DDP) and with sharded (FSDP2) weights, against one process."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file
 from tiny_runs import (
+    approx_losses,
     assert_same_tensors,
     checkpoint,
     dmd2_config,
@@ -17,6 +19,7 @@ from tiny_runs import (
     metric_lines,
     metrics,
     self_forcing_config,
+    sigma_lines,
     train,
     write_config,
 )
@@ -96,6 +99,10 @@ def assert_same_run(output_dir, reference):
     assert len(lines) == 4
     for line, other in zip(lines, expected, strict=True):
         assert line == pytest.approx(other, rel=1e-5)
+    for line, other in zip(sigma_lines(output_dir), sigma_lines(reference), strict=True):
+        bins, expected_bins = json.loads(line)["critic"], json.loads(other)["critic"]
+        assert bins["count"] == expected_bins["count"] and sum(bins["count"]) in (12, 4)
+        assert bins["loss"] == approx_losses(expected_bins["loss"])
     for name in NETWORKS:
         weights = {step: load_role_weights(checkpoint(output_dir, step), name) for step in (2, 4)}
         assert largest_difference(weights[4], load_role_weights(checkpoint(reference, 4), name)) < 1e-6
@@ -109,6 +116,7 @@ def assert_exact_resume(path, output_dir, folder, *, environment=None):
         path, "--output-dir", elsewhere, "--resume-from-checkpoint", checkpoint(output_dir, 2), environment=environment
     )
     assert metric_lines(elsewhere) == metric_lines(output_dir)[2:]
+    assert sigma_lines(elsewhere) == sigma_lines(output_dir)
     for name in NETWORKS:
         assert_same_tensors(*(load_role_weights(checkpoint(run, 4), name) for run in (elsewhere, output_dir)))
 
