@@ -182,7 +182,7 @@ def _round_values(low: float, high: float, count: int) -> list[float]:
 def _log_values(low: float, high: float) -> list[float]:
     """Powers of ten, and their double and fivefold where there are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(powers) <= 3 else (1,)
+    factors = (1, 2, 5) if high / low < 300 else (1,)
     values = [factor * 10.0**power for power in powers for factor in factors]
     inside = [value for value in values if low <= value <= high]
     return inside[:: math.ceil(len(inside) / 6)] if inside else []

@@ -118,8 +118,9 @@ def _step_range(series: Series) -> tuple[int, int]:
 
 
 def _sections(run: RunDirectory) -> list[ChartSection]:
-    sections = []
-    by_section: dict[str, list[LineChart]] = {title: [] for title, _ in _SECTIONS.values()} | {_OTHER: []}
+    by_section: dict[str, list[LineChart]] = {
+        title: [] for title in (*(title for title, _ in _SECTIONS.values()), _OTHER)
+    }
     steps = _step_range(run.metrics)
     for name in sorted(run.metrics, key=_order):
         title, is_noisy = _SECTIONS.get(name.split("/")[0], (_OTHER, True))
