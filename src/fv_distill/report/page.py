@@ -146,7 +146,8 @@ def _resumed_places(run: RunDirectory) -> list[float]:
 
 
 def _galleries(run: RunDirectory) -> list[Gallery]:
-    own = [_validation_folder(callback) for callback in (run.setting("callbacks") or {}).values()]
+    callbacks = run.setting("callbacks")
+    own = [_validation_folder(callback) for callback in (callbacks.values() if isinstance(callbacks, dict) else ())]
     folders = dict.fromkeys([run.path / "validation", *(folder for folder in own if folder is not None)])
     return [gallery for folder in folders for gallery in read_galleries(folder)]
 
