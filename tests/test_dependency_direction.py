@@ -32,6 +32,11 @@ FORBIDDEN = {
     "methods": {"accelerate", "yaml", "omegaconf", "torch.optim", "diffusers", "transformers", "datasets"},
     "data": {"accelerate", "fv_distill.methods", "fv_distill.training"},
     "export": {"accelerate", "fv_distill.methods"},
+    # Reads a directory, on any machine.
+    "report": {
+        *("torch", "diffusers", "transformers", "accelerate"),
+        *(f"fv_distill.{part}" for part in ("methods", "models", "training", "callbacks", "data", "export")),
+    },
     "config": {"accelerate", "torch", "fv_distill.methods", "fv_distill.models", "fv_distill.training"},
     "training": {"fv_distill.methods", "fv_distill.models"},
     "callbacks": {"fv_distill.methods", "fv_distill.models"},

@@ -162,6 +162,22 @@ def generate(words: Sequence[str]) -> None:
         generate_video(args)
 
 
+def report(words: Sequence[str]) -> None:
+    """Make one HTML page of a run, finished or not: curves, losses by noise level, validation, config."""
+    parser = argparse.ArgumentParser(prog="fv-distill report", description=report.__doc__, allow_abbrev=False)
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the training.output_dir of a run")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the page to write (default: report.html in RUN_DIR)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    args = parser.parse_args(words)
+    with exit_on_user_error(debug=args.debug):
+        from .report.page import write_report
+
+        path = write_report(args.run_dir, args.output)
+    console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
 def doctor(words: Sequence[str]) -> None:
     """Look at versions, devices, attention, disk and the start of several processes; status 1 if something is wrong."""
     parser = argparse.ArgumentParser(prog="fv-distill doctor", description=doctor.__doc__, allow_abbrev=False)
@@ -220,6 +236,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "export": (export, "make a diffusers directory of a checkpoint"),
     "convert-wan": (convert_wan, "turn original Wan or Self-Forcing weights into a diffusers directory, or back"),
     "generate": (generate, "make a video with a model, streamed where it is causal"),
+    "report": (report, "make one HTML page of a run"),
     "doctor": (doctor, "look at this machine: versions, devices, disk, several processes"),
     "demo": (demo, "distil and measure a student of handwritten digits"),
 }

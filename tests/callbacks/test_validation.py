@@ -96,7 +96,8 @@ def test_a_run_leaves_videos_a_sheet_and_tracker_entries(tiny_wan, tiny_rows, tm
     )
     trained(config)
     folder = tmp_path / "run" / "validation"
-    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in folder.iterdir()) == ["prompts.json", "step-00000002", "step-00000003"]
+    assert json.loads((folder / "prompts.json").read_text()) == PROMPTS
     files = sorted(path.name for path in (folder / "step-00000002").iterdir())
     assert files == [*(f"{index:03d}_2-steps.mp4" for index in range(3)), "contact_sheet_2-steps.png"]
     with Image.open(folder / "step-00000002" / "contact_sheet_2-steps.png") as sheet:

@@ -19,6 +19,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import (
+    approx_losses,
     causal_kd_config,
     checkpoint,
     dfsft_config,
@@ -29,6 +30,7 @@ from tiny_runs import (
     metadata,
     metrics,
     self_forcing_config,
+    sigma_lines,
     train,
     write_config,
 )
@@ -221,6 +223,14 @@ def assert_same_run(output_dir, reference, method, *, loss, weight):
     assert metadata(checkpoint(output_dir, 4))["global_batch_size"] == GLOBAL_BATCH
     for line, other in zip(lines, expected, strict=True):
         assert line == pytest.approx(other, rel=loss, abs=1e-6)
+    has_sigmas = (reference / "sigma_losses.jsonl").is_file()
+    for line, other in zip(*map(sigma_lines, (output_dir, reference)), strict=True) if has_sigmas else ():
+        bins, expected_bins = json.loads(line), json.loads(other)
+        assert bins.keys() == expected_bins.keys()
+        for name in bins.keys() - {"step", "partial"}:
+            assert bins[name]["count"] == expected_bins[name]["count"]
+            if loss < 1e-3:
+                assert bins[name]["loss"] == approx_losses(expected_bins[name]["loss"])
     for name in networks(method):
         weights = [load_role_weights(checkpoint(run, 4), name) for run in (output_dir, reference)]
         assert largest_difference(*weights) < weight, name

@@ -40,6 +40,8 @@ _SHEET_FRAMES = 8
 _LOGGED_CLIPS = 4
 _LOGGED_FRAMES = 48
 
+PROMPTS_FILE = "prompts.json"
+
 Clip = tuple[int, np.ndarray]
 """Index of the prompt, uint8 frames `[F, H, W, 3]`."""
 
@@ -254,6 +256,8 @@ class ValidationCallback(Callback):
             rows = [preview(frames, max_frames=_SHEET_FRAMES) for _, frames in shown]
             sheet = contact_sheet(rows, [self.prompts[index] for index, _ in shown])
             sheet.save(folder / f"contact_sheet_{steps}-steps.png")
+            # The prompt file may change or move; whoever looks at the clips later needs to know what they show.
+            (self.output_dir / PROMPTS_FILE).write_text(json.dumps(self.prompts, indent=1, ensure_ascii=False))
             strip = np.concatenate([frames for _, frames in shown[:_LOGGED_CLIPS]], axis=2)
             log_videos(trainer, strip, np.asarray(sheet), suffix=f"{steps}_steps", fps=self.fps)
 

@@ -138,10 +138,15 @@ class CheckpointConfig(Section):
 class TrackerConfig(Section):
     """Where metrics go beside metrics.jsonl."""
 
-    trackers: list[str] = Field(["tensorboard"], description="accelerate trackers: tensorboard, wandb, ...")
+    trackers: list[str] = Field(
+        ["tensorboard"], description="accelerate trackers: tensorboard, wandb, trackio, ...; [] for none"
+    )
     project_name: str = Field("fv_distill", description="the trackers' project")
-    run_name: str | None = Field(None, description="the run's name in wandb")
+    run_name: str | None = Field(None, description="the run's name in wandb and trackio")
     log_every_steps: int = Field(1, ge=1, description="log to trackers every N steps")
+    sigma_losses_every_steps: int = Field(
+        50, ge=0, description="average losses by noise level over N steps; 0 leaves them out"
+    )
 
 
 class ModelDefaults(Section):

@@ -14,11 +14,26 @@ from .options import MethodOptions
 
 
 @dataclass(frozen=True)
+class SigmaErrors:
+    """Unweighted errors and the noise levels they were made at, detached and of one shape, `[B]` or `[B, T]`."""
+
+    sigma: Tensor
+    error: Tensor
+
+
+@dataclass(frozen=True)
 class LossTerm:
-    """One scalar to back-propagate, with detached scalars to log that stay on the device until then."""
+    """One scalar to back-propagate, with what is to be logged, which stays on the device until then.
+
+    Args:
+        loss: the scalar.
+        metrics: detached scalars, by name.
+        by_sigma: errors that are averaged per noise level, by the name of the role whose errors they are.
+    """
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    by_sigma: Mapping[str, SigmaErrors] = field(default_factory=dict)
 
 
 class TrainingMethod(ABC):

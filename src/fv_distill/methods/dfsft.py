@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fv_distill.losses.flow_matching import flow_matching_loss
+from fv_distill.losses.flow_matching import errors_by_sigma, flow_matching_loss
 from fv_distill.models.base import CausalModelBase, ModelBase
 from fv_distill.rng import SampleRng
 from fv_distill.schedules import flow
 from fv_distill.schedules.shift import shift_sigma, unshift_sigma
 from fv_distill.schedules.timesteps import gaussian_timestep_weight
 
-from .base import LossTerm, TrainingMethod
+from .base import LossTerm, SigmaErrors, TrainingMethod
 from .options import DiffusionForcingSFTOptions, MethodOptions
 
 
@@ -70,8 +70,10 @@ class DiffusionForcingSFTMethod(TrainingMethod):
             )
         else:
             velocity = self.student.predict_velocity(x_t, sigma, prepared.conditioning)
-        loss = flow_matching_loss(velocity, flow.velocity_target(x0, noise), weight=self._weight(sigma))
-        yield LossTerm(loss, {"loss/student": loss.detach()})
+        target = flow.velocity_target(x0, noise)
+        loss = flow_matching_loss(velocity, target, weight=self._weight(sigma))
+        errors = SigmaErrors(sigma, errors_by_sigma(velocity, target, sigma))
+        yield LossTerm(loss, {"loss/student": loss.detach()}, {"student": errors})
 
     def _draw_sigma(self, rng: SampleRng, frames: int) -> Tensor:
         """One level per chunk, spread over its frames, `[B, T]`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fv_distill.losses.distribution_matching import direction_loss, dmd_direction
-from fv_distill.losses.flow_matching import flow_matching_loss
+from fv_distill.losses.flow_matching import errors_by_sigma, flow_matching_loss
 from fv_distill.models.base import ModelBase
 from fv_distill.models.conditioning import CHANNEL_COLUMNS, Conditioning, PreparedBatch, UncondPolicy, unconditional
 from fv_distill.rng import SampleRng
@@ -19,7 +19,7 @@ from fv_distill.schedules import flow
 from fv_distill.schedules.few_step import few_step_sigmas
 from fv_distill.schedules.timesteps import score_sigma
 
-from .base import LossTerm, TrainingMethod
+from .base import LossTerm, SigmaErrors, TrainingMethod
 from .options import DMD2Options, MethodOptions
 
 
@@ -102,8 +102,10 @@ class DMD2Method(TrainingMethod):
         sigma = self._draw_score_sigma(rng, "critic/sigma")
         x_t = flow.add_noise(generated, noise, sigma)
         velocity = self.critic.predict_velocity(x_t, sigma, prepared.conditioning)
-        loss = flow_matching_loss(velocity, flow.velocity_target(generated, noise))
-        return LossTerm(loss, {"loss/critic": loss.detach()})
+        target = flow.velocity_target(generated, noise)
+        loss = flow_matching_loss(velocity, target)
+        errors = SigmaErrors(sigma, errors_by_sigma(velocity, target, sigma))
+        return LossTerm(loss, {"loss/critic": loss.detach()}, {"critic": errors})
 
     @torch.no_grad()
     def _direction(self, generated: Tensor, conditioning: Conditioning, rng: SampleRng) -> Tensor:

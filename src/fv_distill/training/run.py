@@ -30,13 +30,16 @@ from .checkpoint import complete_checkpoints, find_checkpoint
 from .context_parallel import ContextGroups
 from .launch_modes import describe_launch
 from .output_directory import check_output_directory
+from .sessions import SESSIONS_FILE
 from .sharding import make_accelerator
+from .sigma_losses import SIGMA_LOSSES_FILE
+from .trackers import LOG_FOLDER, check_trackers
 from .tracking import CONFIG_FILE, METRICS_FILE
 from .trainer import Trainer
 from .trajectories import TrajectoryCache, trajectory_options
 
 # What a run writes into its output directory; --overwrite removes these and nothing else.
-RUN_FILES = (CONFIG_FILE, METRICS_FILE, "checkpoints", "logs", "validation")
+RUN_FILES = (CONFIG_FILE, METRICS_FILE, SIGMA_LOSSES_FILE, SESSIONS_FILE, "checkpoints", LOG_FOLDER, "validation")
 
 
 def run_training_from_config(
@@ -104,6 +107,7 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
     """
     training = config.training
     _quieten_libraries()
+    check_trackers(training.tracker.trackers)
     accelerator = make_accelerator(
         output_dir=training.output_dir,
         mixed_precision=training.distributed.mixed_precision,

@@ -20,6 +20,7 @@ from .context_parallel import ContextGroups, enable_context_parallelism
 from .interrupt import StopRequest
 from .roles import prepare_roles
 from .sharding import gradient_norm, gradient_sync
+from .sigma_losses import NUM_BINS, SigmaSums
 from .tracking import RunLog
 
 
@@ -132,6 +133,7 @@ class Trainer:
         """Accumulate the gradients of one role over the micro-batches and step its optimizer if all is finite."""
         role = self.roles[role_name]
         sums: dict[str, torch.Tensor] = {}
+        by_sigma = SigmaSums(self.accelerator.device)
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(micro_batches):
             rng = SampleRng(self.config.training.seed, self.step, batch["sample_index"], self.accelerator.device)
@@ -142,6 +144,8 @@ class Trainer:
                     total += term.loss.detach().float() / len(micro_batches)
                     for name, value in term.metrics.items():
                         sums[name] = sums.get(name, 0) + value.float() / len(micro_batches)
+                    if self.log.sigma_losses.every_steps:
+                        by_sigma.add(term.by_sigma)
         # A method need not log its loss, but a step with a bad one has to be noticed.
         sums.setdefault(f"loss/{role_name}", total)
         rate = role.set_learning_rate()
@@ -151,7 +155,7 @@ class Trainer:
         if not is_norm_logged:
             # A finite loss may have gradients that are not.
             sums[norm_name] = gradient_norm(role.model.transformer)
-        metrics = self._mean_over_processes(sums)
+        metrics = self._mean_over_processes(sums, by_sigma)
         if not is_norm_logged:
             norm = metrics.pop(norm_name)
             if _all_finite(metrics) and not math.isfinite(norm):
@@ -199,12 +203,23 @@ class Trainer:
             moved["latent_shape"] = self.config.training.data.latent_shape
         return moved
 
-    def _mean_over_processes(self, metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """All metrics in one reduction and one copy to the host; every process sees the same numbers."""
+    def _mean_over_processes(self, metrics: Mapping[str, torch.Tensor], by_sigma: SigmaSums) -> dict[str, float]:
+        """All metrics in one reduction and one copy to the host; every process sees the same numbers.
+
+        The sums and counts by noise level travel with them, and go to the log.
+        """
         values = torch.stack(
             [value.detach().float().reshape(()).to(self.accelerator.device) for value in metrics.values()]
         )
-        return dict(zip(metrics, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+        totals = self.accelerator.reduce(torch.cat([values, *by_sigma.packed()]), reduction="sum")
+        totals[: len(values)] /= self.accelerator.num_processes
+        # Processes that share a clip's tokens have counted it once each.
+        totals[len(values) :] /= self.groups.degree
+        numbers = totals.tolist()
+        for index, name in enumerate(by_sigma.names):
+            start = len(values) + index * 2 * NUM_BINS
+            self.log.sigma_losses.add(name, numbers[start : start + 2 * NUM_BINS])
+        return dict(zip(metrics, numbers, strict=False))
 
     def _stop_if_nonfinite(self, metrics: Mapping[str, float]) -> None:
         bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
