@@ -86,7 +86,7 @@ def build_trainer(config: RunConfig, *, dry_run: bool = False) -> Trainer:
     """The trainer of a config, in the order in which mistakes are cheapest to find."""
     accelerator = build_accelerator(config, dry_run=dry_run)
     dataset = build_trajectory_dataset(config, accelerator, dry_run=dry_run)
-    models = build_models(config, [role for role in config.models if role not in _method_class(config).cache_roles])
+    models = build_models(config, [role for role in config.models if role not in method_class(config).cache_roles])
     method = build_method(config, models)
     check_run(dataset, method, config)
     return Trainer(accelerator, method, dataset, config, build_callbacks(config))
@@ -184,11 +184,11 @@ def build_model(config: RunConfig, role: str) -> ModelBase:
 
 def build_method(config: RunConfig, models: Mapping[str, ModelBase]) -> TrainingMethod:
     """The method of the config over its adapters."""
-    kind = _method_class(config)
+    kind = method_class(config)
     return kind(models, kind.options_class.model_validate(config.method.options))
 
 
-def _method_class(config: RunConfig) -> type[TrainingMethod]:
+def method_class(config: RunConfig) -> type[TrainingMethod]:
     kind = resolve_target(config.method.target)
     if not (isinstance(kind, type) and issubclass(kind, TrainingMethod)):
         raise TypeError(

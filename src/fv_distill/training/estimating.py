@@ -1,0 +1,172 @@
+"""From a config to an estimate: the run's own adapters, method and optimizers, built without weights."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+
+from fv_distill.config.schema import RunConfig
+from fv_distill.data.parquet import ParquetDataset
+from fv_distill.estimate.estimate import Clip, Device, Estimate, make_estimate
+from fv_distill.estimate.layout import Layout
+from fv_distill.estimate.published import config_directory
+from fv_distill.methods.base import TrainingMethod
+from fv_distill.models.base import ModelBase
+from fv_distill.models.conditioning import Conditioning
+from fv_distill.models.pretrained import load_component_config
+from fv_distill.rollouts.ode import STATES
+
+from .optim import build_optimizer
+from .run import build_method, build_models, method_class
+
+
+def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:
+    """Estimate what a config's run takes; no weights are read and nothing is downloaded.
+
+    Args:
+        config: of the run; where its data isn't there, `training.data.latent_shape` has to be set.
+        layout: of the launch; the config's own mixed precision goes before the launch's.
+        device: what each process runs on.
+
+    Raises:
+        FileNotFoundError: for a model whose shapes are not known.
+        ValueError: for a clip whose shape is not known, or one that doesn't fit the networks.
+        NotImplementedError: by a method that doesn't say what it calls.
+    """
+    own = config.training.distributed.mixed_precision
+    layout = layout if own is None else replace(layout, mixed_precision=own)
+    with _local_configs(config, layout.mixed_precision) as local, torch.device("meta"):
+        models = build_models(local)
+        student = models["student"]
+        encoder = _TextEncoder(student.directory)
+        text = (config.training.data.text_length, encoder.width)
+        for model in models.values():
+            _read_no_prompts(model, text)
+        shape = latent_shape(config)
+        student.check_latent_shape(shape)
+        method, teacher = _split(config, models)
+        data, loop = config.training.data, config.training.loop
+        return make_estimate(
+            method,
+            _optimizers(method, config),
+            layout=layout,
+            clip=Clip(data.train_batch_size, loop.gradient_accumulation_steps, shape, text),
+            device=device,
+            has_average="ema" in config.callbacks,
+            text_encoder_bytes=encoder.parameters * student.dtype.itemsize,
+            num_steps=loop.max_train_steps,
+            keep_last=config.training.checkpoint.keep_last,
+            teacher=teacher,
+        )
+
+
+def latent_shape(config: RunConfig) -> tuple[int, int, int, int]:
+    """`[C, T, H, W]` of the config, or of the first row of its data.
+
+    Raises:
+        ValueError: if neither tells.
+    """
+    data = config.training.data
+    if data.latent_shape is not None:
+        return data.latent_shape
+    try:
+        # Under the meta device a row's tensors would have no numbers, and be no rows.
+        with torch.device("cpu"):
+            row = ParquetDataset(data.data_path, on_bad_row=data.on_bad_row, cache_dir=data.cache_dir)[0]
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"the clips' shape is not known: training.data.data_path={data.data_path!r} is not there to look at; set "
+            "--training.data.latent_shape '[C, T, H, W]', for Wan 2.1 at 480p '[16, 21, 60, 104]'"
+        ) from error
+    if "vae_latent" in row:
+        return tuple(row["vae_latent"].shape)
+    if STATES in row:
+        return tuple(row[STATES].shape[1:])
+    raise ValueError("the rows of training.data.data_path hold text only; set training.data.latent_shape")
+
+
+def layout_of(accelerator: Accelerator) -> Layout:
+    """The layout that is in force."""
+    kind: Any = "single" if accelerator.num_processes == 1 else "replicated"
+    num_shards, reshard = 1, True
+    if accelerator.is_fsdp2:
+        plugin, mesh = accelerator.state.fsdp_plugin, accelerator.parallelism_config
+        kind, reshard = "sharded", bool(plugin.reshard_after_forward)
+        sizes = mesh.dp_shard_size if mesh is not None else 1
+        num_shards = sizes if sizes > 1 else accelerator.num_processes
+    return Layout(
+        num_processes=accelerator.num_processes,
+        kind=kind,
+        num_shards=num_shards,
+        mixed_precision=accelerator.mixed_precision,
+        reshard_after_forward=reshard,
+        device_type=accelerator.device.type,
+    )
+
+
+@contextmanager
+def _local_configs(config: RunConfig, mixed_precision: Any) -> Iterator[RunConfig]:
+    """The config with every model as a directory of config files."""
+    local = config.model_copy(deep=True)
+    local.training.distributed.mixed_precision = mixed_precision
+    with ExitStack() as stack:
+        for role, model in local.models.items():
+            try:
+                directory = stack.enter_context(config_directory(model.init_from))
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"models.{role}: {error}") from error
+            model.init_from = str(directory)
+            # Backends need their packages, and differ in speed, not in size.
+            model.attention_backend = None
+        local.training.model.attention_backend = None
+        yield local
+
+
+def _split(config: RunConfig, models: dict[str, ModelBase]) -> tuple[TrainingMethod, ModelBase | None]:
+    """The method, and the teacher of its paths where it has one."""
+    cache_roles = method_class(config).cache_roles
+    method = build_method(config, {role: model for role, model in models.items() if role not in cache_roles})
+    return method, models.get("teacher") if "teacher" in cache_roles else None
+
+
+def _optimizers(method: TrainingMethod, config: RunConfig) -> dict[str, Any]:
+    options = config.training.optimizer.as_kwargs()
+    # An optimizer's counters are numbers, not shapes.
+    with torch.device("cpu"):
+        return {
+            role: build_optimizer(
+                method.models[role].transformer.parameters(), {**options, **method.optimizer_overrides(role)}
+            )
+            for role in method.roles
+        }
+
+
+def _read_no_prompts(model: ModelBase, text: tuple[int, int]) -> None:
+    """Let an adapter take prompts for encoded without an encoder."""
+
+    def encode(prompts: Sequence[str]) -> Conditioning:
+        size = len(prompts)
+        return Conditioning(torch.empty(size, *text), torch.ones(size, text[0], dtype=torch.bool))
+
+    vars(model)["encode_prompts"] = encode
+
+
+class _TextEncoder:
+    """The size of a directory's text encoder.
+
+    Attributes:
+        parameters: their number.
+        width: of its embeddings.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        (class_name,) = load_component_config(directory, "text_encoder")["architectures"]
+        config = transformers.AutoConfig.from_pretrained(directory / "text_encoder")
+        encoder = getattr(transformers, class_name)(config)
+        self.width = int(config.hidden_size)
+        self.parameters = sum(parameter.numel() for parameter in encoder.parameters())
