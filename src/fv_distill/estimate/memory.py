@@ -56,9 +56,10 @@ def measure_optimizer(optimizer: Optimizer, network: nn.Module, layout: Layout) 
     On a GPU torch's optimizers step all weights at once and hold one temporary copy of their size meanwhile (the
     `foreach` implementation); on a CPU they go weight by weight.
     """
-    for parameter in network.parameters():
-        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    optimizer.step()
+    if not optimizer.state:
+        for parameter in network.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
     states = 0
     for parameter, state in optimizer.state.items():
         share = rank_share(parameter, layout) / max(parameter.numel(), 1)

@@ -64,18 +64,28 @@ def simulate_updates(
         accumulation_steps: micro-batches per step; of more than two, two tell all.
     """
     networks = [model.transformer for model in method.models.values()]
-    micro_batches = [make_batch(index) for index in range(min(accumulation_steps, 2))]
+    # The second differs from the first in that it meets gradients, which sharded networks' are accounted for elsewhere.
+    num_batches = 1 if layout.is_sharded else min(accumulation_steps, 2)
+    micro_batches = [make_batch(index) for index in range(num_batches)]
     with _computing_as(method.models, layout):
-        # Masks are made by the first pass and kept; a GPU's take next to no memory.
+        if any(isinstance(model, CausalModelBase) for model in method.models.values()):
+            _make_masks(method, micro_batches[0], layout)
         if not can_be_cut(networks):
-            _run(method, micro_batches[:1], layout)
             return _worst(_run(method, micro_batches, layout))
         runs = []
         for depth in (SHALLOW, DEEPER):
             with cut_to(networks, depth):
-                _run(method, micro_batches[:1], layout)
                 runs.append(_run(method, micro_batches, layout))
         return _worst(_deepened(method, *runs))
+
+
+def _make_masks(method: TrainingMethod, batch: dict[str, Any], layout: Layout) -> None:
+    """Have masks made, which a network's first pass makes and keeps: those of a GPU take next to no memory."""
+    spans = {call.span for call in method.network_calls(method.update_cycle, batch["latent_shape"][1])}
+    networks = [model.transformer for model in method.models.values()]
+    if "chunk" not in spans:
+        with cut_to(networks, 1) if can_be_cut(networks) else nullcontext():
+            _run(method, [batch], layout)
 
 
 def _run(method: TrainingMethod, micro_batches: list[dict[str, Any]], layout: Layout) -> list[_Segment]:

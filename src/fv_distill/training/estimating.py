@@ -40,8 +40,9 @@ def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:
     """
     own = config.training.distributed.mixed_precision
     layout = layout if own is None else replace(layout, mixed_precision=own)
-    with _local_configs(config, layout.mixed_precision) as local, torch.device("meta"):
-        models = build_models(local)
+    with _local_configs(config, layout.mixed_precision) as local:
+        with torch.device("meta"):
+            models = build_models(local)
         student = models["student"]
         encoder = _TextEncoder(student.directory)
         text = (config.training.data.text_length, encoder.width)
@@ -75,9 +76,7 @@ def latent_shape(config: RunConfig) -> tuple[int, int, int, int]:
     if data.latent_shape is not None:
         return data.latent_shape
     try:
-        # Under the meta device a row's tensors would have no numbers, and be no rows.
-        with torch.device("cpu"):
-            row = ParquetDataset(data.data_path, on_bad_row=data.on_bad_row, cache_dir=data.cache_dir)[0]
+        row = ParquetDataset(data.data_path, on_bad_row=data.on_bad_row, cache_dir=data.cache_dir)[0]
     except FileNotFoundError as error:
         raise ValueError(
             f"the clips' shape is not known: training.data.data_path={data.data_path!r} is not there to look at; set "
@@ -136,14 +135,12 @@ def _split(config: RunConfig, models: dict[str, ModelBase]) -> tuple[TrainingMet
 
 def _optimizers(method: TrainingMethod, config: RunConfig) -> dict[str, Any]:
     options = config.training.optimizer.as_kwargs()
-    # An optimizer's counters are numbers, not shapes.
-    with torch.device("cpu"):
-        return {
-            role: build_optimizer(
-                method.models[role].transformer.parameters(), {**options, **method.optimizer_overrides(role)}
-            )
-            for role in method.roles
-        }
+    return {
+        role: build_optimizer(
+            method.models[role].transformer.parameters(), {**options, **method.optimizer_overrides(role)}
+        )
+        for role in method.roles
+    }
 
 
 def _read_no_prompts(model: ModelBase, text: tuple[int, int]) -> None:
@@ -151,7 +148,8 @@ def _read_no_prompts(model: ModelBase, text: tuple[int, int]) -> None:
 
     def encode(prompts: Sequence[str]) -> Conditioning:
         size = len(prompts)
-        return Conditioning(torch.empty(size, *text), torch.ones(size, text[0], dtype=torch.bool))
+        embeddings = torch.empty(size, *text, device="meta")
+        return Conditioning(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device="meta"))
 
     vars(model)["encode_prompts"] = encode
 
@@ -167,6 +165,7 @@ class _TextEncoder:
     def __init__(self, directory: Path) -> None:
         (class_name,) = load_component_config(directory, "text_encoder")["architectures"]
         config = transformers.AutoConfig.from_pretrained(directory / "text_encoder")
-        encoder = getattr(transformers, class_name)(config)
+        with torch.device("meta"):
+            encoder = getattr(transformers, class_name)(config)
         self.width = int(config.hidden_size)
         self.parameters = sum(parameter.numel() for parameter in encoder.parameters())
