@@ -55,7 +55,7 @@ class Layout:
         return f"{count}{names[self.kind]}{shards}, mixed precision {self.mixed_precision}"
 
 
-def read_layout(path: str | Path, *, num_processes: int | None = None) -> Layout:
+def read_layout(path: str | Path, num_processes: int | None = None) -> Layout:
     """The layout that a config file of `accelerate launch` asks for.
 
     Args:

@@ -130,8 +130,7 @@ def _gathered(roles: Sequence[RoleSize], trained: RoleSize, layout: Layout) -> d
     sizes = {role.role: 2 if layout.mixed_precision == "bf16" else role.dtype.itemsize for role in roles}
     # Roots stay gathered from a role's first pass on; whole networks where blocks aren't freed after theirs.
     kept = sum(
-        (role.root_parameters if layout.reshard_after_forward else role.parameters) * sizes[role.role]
-        for role in roles
+        (role.root_parameters if layout.reshard_after_forward else role.parameters) * sizes[role.role] for role in roles
     )
     block = max(role.block_parameters * sizes[role.role] for role in roles)
     reduced = trained.block_parameters * (sizes[trained.role] + _REDUCE_BUFFERS * _FP32)

@@ -215,9 +215,7 @@ def _deepened(method: TrainingMethod, shallow: list[_Segment], deeper: list[_Seg
 
 def _worst(segments: list[_Segment]) -> list[UpdatePeak]:
     roles = dict.fromkeys(segment.role for segment in segments)
-    worst = {
-        role: max((s.peak for s in segments if s.role == role), key=lambda peak: peak.total()) for role in roles
-    }
+    worst = {role: max((s.peak for s in segments if s.role == role), key=lambda peak: peak.total()) for role in roles}
     return [
         UpdatePeak(role, activations=peak[ACTIVATIONS], gradients=peak[GRADIENTS], kv_cache=peak[KV_CACHE])
         for role, peak in worst.items()

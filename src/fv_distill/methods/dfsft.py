@@ -54,7 +54,9 @@ class DiffusionForcingSFTMethod(TrainingMethod):
 
     def network_calls(self, step: int, num_frames: int) -> tuple[NetworkCall, ...]:
         """One call of the student, behind the clean clip with teacher forcing."""
-        return (NetworkCall("student", grad=True, span="clip_after_history" if self.options.teacher_forcing else "clip"),)
+        return (
+            NetworkCall("student", grad=True, span="clip_after_history" if self.options.teacher_forcing else "clip"),
+        )
 
     def encode_prompts(self) -> None:
         """Encode the empty prompt, which caption dropout puts in."""

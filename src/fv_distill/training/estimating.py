@@ -1,20 +1,25 @@
 """From a config to an estimate: the run's own adapters, method and optimizers, built without weights."""
 
+import argparse
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from accelerate import Accelerator
 
 from fv_distill.config.schema import RunConfig
+from fv_distill.console import console
 from fv_distill.data.parquet import ParquetDataset
 from fv_distill.estimate.estimate import Clip, Device, Estimate, make_estimate
-from fv_distill.estimate.layout import Layout
+from fv_distill.estimate.layout import Layout, read_layout
 from fv_distill.estimate.published import config_directory
+from fv_distill.estimate.report import as_json, print_estimate
+from fv_distill.hardware import peak_flops
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.models.base import ModelBase
 from fv_distill.models.conditioning import Conditioning
@@ -23,6 +28,51 @@ from fv_distill.rollouts.ode import STATES
 
 from .optim import build_optimizer
 from .run import build_method, build_models, method_class
+
+_DRY_RUN_MFU = 0.4
+
+
+def run_estimate(config: RunConfig, args: argparse.Namespace) -> None:
+    """`fv-distill estimate`: print the estimate of a config for the launch that the arguments describe.
+
+    Raises:
+        ValueError: for a number out of range, or an accelerate config that can't be read; see also `estimate_run`.
+    """
+    if not 0 < args.mfu <= 1:
+        raise ValueError(f"--mfu={args.mfu:g} must be above 0 and at most 1, a share of the device's peak rate")
+    layout = Layout() if args.accelerate_config is None else read_layout(args.accelerate_config, args.num_processes)
+    if args.accelerate_config is None and args.num_processes not in (None, 1):
+        raise ValueError("--num-processes needs --accelerate-config: how the processes share the networks is not known")
+    precision = config.training.distributed.mixed_precision or layout.mixed_precision
+    peak = 1e12 * args.peak_tflops if args.peak_tflops is not None else _peak_flops(args.device, precision)
+    device = Device(args.device, peak, round(args.device_memory * 2**30), args.mfu)
+    estimate = estimate_run(config, layout, device)
+    if args.json:
+        print(json.dumps(as_json(estimate), indent=2))
+    else:
+        print_estimate(estimate)
+
+
+def print_dry_run_estimate(config: RunConfig, accelerator: Accelerator, latent_shape: Sequence[int]) -> None:
+    """The estimate at the end of a dry run, for the launch that is in force and the device that is there."""
+    layout = layout_of(accelerator)
+    name, memory = layout.device_type.upper(), None
+    if layout.device_type == "cuda":
+        properties = torch.cuda.get_device_properties(accelerator.device)
+        name, memory = properties.name, properties.total_memory
+    device = Device(name, _peak_flops(name, layout.mixed_precision), memory, _DRY_RUN_MFU)
+    own = config.model_copy(deep=True)
+    own.training.data.latent_shape = cast(Any, tuple(latent_shape))
+    try:
+        estimate = estimate_run(own, layout, device)
+    except NotImplementedError as error:
+        console.print(f"no estimate: {error}", highlight=False, markup=False)
+        return
+    print_estimate(estimate)
+
+
+def _peak_flops(device_name: str, mixed_precision: str) -> float | None:
+    return peak_flops(device_name, "bfloat16" if mixed_precision == "bf16" else "float32")
 
 
 def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:

@@ -258,7 +258,7 @@ def export_if_asked(trainer: Trainer) -> None:
 
 
 def print_dry_run(trainer: Trainer) -> None:
-    """Print the resolved config, the sizes of the networks and the batch."""
+    """Print the resolved config, the sizes of the networks, what the run will take, and the batch."""
     if not trainer.accelerator.is_main_process:
         return
     console.print(dump_run_config(trainer.config), markup=False, highlight=False)
@@ -267,6 +267,10 @@ def print_dry_run(trainer: Trainer) -> None:
         state = "trained" if model.trainable else "frozen"
         console.print(f"{role}: {count / 1e6:.2f} M parameters, {model.dtype}, {state}", highlight=False)
     plan = trainer.plan
+    # Assembled from what is in this file.
+    from .estimating import print_dry_run_estimate
+
+    print_dry_run_estimate(trainer.config, trainer.accelerator, trainer.latent_shape)
     console.print(
         f"{len(trainer.dataset)} rows, global batch {plan.global_batch_size}, "
         f"{trainer.config.training.loop.max_train_steps} steps; dry run: nothing was trained",
