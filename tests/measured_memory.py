@@ -5,6 +5,8 @@ the allocator to torch's profiler.
 """
 
 import gc
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +57,24 @@ def measured_peak(config_file: Path, *, steps: int) -> int:
 
 
 def bytes_alive() -> int:
-    """Of all tensors that the garbage collector knows, each storage once."""
+    """Of all tensors in host memory that the garbage collector knows, each storage once.
+
+    A sharded tensor is a wrapper around a plain one, which is counted.
+    """
     gc.collect()
-    storages = [
-        tensor.untyped_storage() for tensor in gc.get_objects() if type(tensor) in (torch.Tensor, torch.nn.Parameter)
-    ]
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    storages = [found.untyped_storage() for found in gc.get_objects() if type(found) in kinds]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.device.type == "cpu"}.values())
+
+
+def main() -> None:
+    """Under `torchrun`: measure the first process."""
+    torch.set_num_threads(1)
+    config_file, steps, output = sys.argv[1:]
+    peak = measured_peak(Path(config_file), steps=int(steps))
+    if os.environ["RANK"] == "0":
+        Path(output).write_text(str(peak))
+
+
+if __name__ == "__main__":
+    main()
