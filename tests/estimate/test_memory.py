@@ -35,9 +35,9 @@ CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "dmd2 with an average": (dmd2_config, {**ONE_ROW, "method.generator_update_interval": 1}, "student update"),
     "self-forcing with replay": (self_forcing_config, {**EVERY_STEP, **CHUNKS}, "student update"),
-    "self-forcing with replay, bf16": (
-        self_forcing_config,
-        {**EVERY_STEP, **CHUNKS, "training.distributed.mixed_precision": "bf16"},
+    "fine-tuning, bf16": (
+        finetune_config,
+        {**ONE_ROW, "training.distributed.mixed_precision": "bf16"},
         "student update",
     ),
 }
@@ -65,6 +65,7 @@ def test_the_predicted_peak_is_the_measured_one(name, wide_wan, wide_rows, tmp_p
     assert predicted[1] == pytest.approx(measured_peak(path, steps=2), rel=ONE_PROCESS)
 
 
+@pytest.mark.slow
 def test_the_predicted_peak_of_two_sharded_processes(wide_wan, wide_rows, tmp_path):
     """With accumulation, for which FSDP2 keeps whole gradients."""
     overrides = {**ONE_ROW, "method.generator_update_interval": 1, "training.loop.gradient_accumulation_steps": 2}
@@ -104,6 +105,8 @@ def test_the_predicted_peak_of_a_gpu(name, wide_wan, wide_rows, tmp_path):
     path = make_run(make_config, wide_wan, wide_rows, tmp_path, overrides)
     _, predicted = worst_of_steps(estimate_run(load_run_config(path), Layout(device_type="cuda"), DEVICE))
     trainer = build_trainer(load_run_config(path))
+    # The workspaces of the product kernels, which stay.
+    torch.nn.functional.linear(*(torch.ones(64, 64, device="cuda") for _ in range(2)), torch.ones(64, device="cuda"))
     before = torch.cuda.memory_allocated()
     own = sum(p.numel() * p.element_size() for m in trainer.models.values() for p in m.transformer.parameters())
     torch.cuda.reset_peak_memory_stats()

@@ -4,8 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fv_distill.methods.base import TrainingMethod
-from fv_distill.methods.options import TrajectoryOptions
 from fv_distill.rollouts.ode import STATES, TIMESTEPS
 
 from .simulation import MakeBatch
@@ -14,9 +12,9 @@ if TYPE_CHECKING:
     from .estimate import Clip
 
 
-def batch_maker(method: TrainingMethod, clip: "Clip") -> MakeBatch:
-    """Batches with clips, and paths for a method that learns from those."""
-    options = method.options if isinstance(method.options, TrajectoryOptions) else None
+def batch_maker(clip: "Clip") -> MakeBatch:
+    """Batches with clips, or with paths for a method that learns from those."""
+    options = clip.trajectories
 
     def make(index: int) -> dict[str, Any]:
         size = clip.batch_size

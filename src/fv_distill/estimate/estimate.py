@@ -8,6 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from fv_distill.methods.base import TrainingMethod
+from fv_distill.methods.options import TrajectoryOptions
 from fv_distill.models.base import ModelBase
 
 from .batch import batch_maker
@@ -28,12 +29,14 @@ class Clip:
         accumulation_steps: micro-batches per step.
         latents: `[C, T, H, W]`.
         text: `[L, D]`.
+        trajectories: of the paths that are trained on instead of clips.
     """
 
     batch_size: int
     accumulation_steps: int
     latents: tuple[int, int, int, int]
     text: tuple[int, int]
+    trajectories: TrajectoryOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -166,9 +169,15 @@ def make_estimate(
         + averaged_total
         + sum(size.state_bytes for size in states),
         num_checkpoints=keep_last,
-        paths=NO_PATHS if teacher is None else measure_paths(method, teacher, shape, layout),
+        paths=_paths(clip, teacher, shape, layout),
         host_bytes=sum(size.total_bytes for size in roles) + averaged_total,
     )
+
+
+def _paths(clip: Clip, teacher: ModelBase | None, shape: ClipShape, layout: Layout) -> TeacherPaths:
+    if clip.trajectories is None or teacher is None:
+        return NO_PATHS
+    return measure_paths(clip.trajectories, teacher, shape, layout)
 
 
 def _measure_optimizers(
@@ -181,7 +190,7 @@ def _measure_peaks(
     method: TrainingMethod, clip: Clip, layout: Layout
 ) -> tuple[list[UpdatePeak], dict[str, dict[str, int]], dict[str, bool]]:
     """The run's own peaks; activations without and with checkpointing by role; which of the two is the run's own."""
-    make_batch = batch_maker(method, clip)
+    make_batch = batch_maker(clip)
 
     def simulate() -> list[UpdatePeak]:
         return simulate_updates(method, make_batch, layout=layout, accumulation_steps=clip.accumulation_steps)

@@ -99,11 +99,9 @@ class CallCosts:
     def _at(self, model: ModelBase, call: NetworkCall, start_frame: int) -> CallCost:
         network: Any = model.transformer
         recomputes = call.grad and network.is_gradient_checkpointing
-        key = json.dumps(
-            [type(model).__name__, type(network).__name__, str(network.config), call.span, start_frame, call.grad]
-            + [recomputes, isinstance(model, CausalModelBase) and vars(model.layout)],
-            default=str,
-        )
+        causal_layout = vars(model.layout) if isinstance(model, CausalModelBase) else None
+        kind = type(model).__name__, type(network).__name__, str(network.config), causal_layout
+        key = json.dumps([kind, call.span, start_frame, call.grad, recomputes], default=str)
         if key not in self._counted:
             executed = self._count(model, call, start_frame)
             flops = executed

@@ -61,8 +61,8 @@ def measure_optimizer(optimizer: Optimizer, network: nn.Module, layout: Layout) 
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         optimizer.step()
     states = 0
-    for parameter, state in optimizer.state.items():
-        share = rank_share(parameter, layout) / max(parameter.numel(), 1)
+    for key, state in optimizer.state.items():
+        share = rank_share(key, layout) / max(key.numel(), 1)
         tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
         # Scalars such as step counters are on every process.
         states += sum(round(tensor_bytes([t]) * (share if t.ndim else 1)) for t in tensors)

@@ -68,7 +68,7 @@ class MetaExecution(TorchFunctionMode):
         if not tensor.is_floating_point() or tensor.dtype == torch.bfloat16:
             return tensor
         # Recomputation enters autocast block by block, and leaves it with nothing kept.
-        is_recomputed = torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+        is_recomputed = torch._C._current_graph_task_id() != -1
         if id(tensor) not in self._cast or is_recomputed:
             return tensor.to(torch.bfloat16)
         if id(tensor) not in self._copies:
@@ -79,7 +79,9 @@ class MetaExecution(TorchFunctionMode):
         self._copies.clear()
 
 
-def _fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any):
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
     dtype = min((query.dtype, key.dtype, value.dtype), key=lambda kind: kind.itemsize)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if attn_mask is None:

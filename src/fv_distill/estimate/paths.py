@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-from fv_distill.methods.base import TrainingMethod
 from fv_distill.methods.calls import NetworkCall
 from fv_distill.methods.options import TrajectoryOptions
 from fv_distill.models.base import ModelBase
@@ -34,11 +33,8 @@ class TeacherPaths:
 NO_PATHS = TeacherPaths(0, 0, 0.0, 0)
 
 
-def measure_paths(method: TrainingMethod, teacher: ModelBase, shape: ClipShape, layout: Layout) -> TeacherPaths:
+def measure_paths(options: TrajectoryOptions, teacher: ModelBase, shape: ClipShape, layout: Layout) -> TeacherPaths:
     """The paths that a method's options describe."""
-    options = method.options
-    if not isinstance(options, TrajectoryOptions):
-        return NO_PATHS
     kept = options.teacher_inference_steps + 1 if options.store_all_states else len(options.sigmas)
     calls = options.teacher_inference_steps * (1 if options.teacher_guidance_scale == 1 else 2)
     one = ClipShape(1, shape.latents, shape.text)

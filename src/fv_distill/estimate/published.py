@@ -1,4 +1,4 @@
-"""Where the shapes of a model are read: a directory, the Hub's cache, or the configs of known models in this package."""
+"""Where a model's shapes are read: its directory, the Hub's cache, or the configs of known models in this package."""
 
 import json
 from collections.abc import Iterator
@@ -53,4 +53,5 @@ def _cached(init_from: str) -> Path | None:
         try_to_load_from_cache(init_from, name)
         for name in ("model_index.json", "transformer/config.json", "vae/config.json")
     ]
-    return Path(found[0]).parent if all(isinstance(path, str) for path in found) else None
+    paths = [Path(path) for path in found if isinstance(path, str)]
+    return paths[0].parent if len(paths) == len(found) else None

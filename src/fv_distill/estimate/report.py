@@ -34,7 +34,12 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
     peak, usable = estimate.peak, usable_bytes(estimate)
     return {
         "layout": dataclasses.asdict(estimate.layout),
-        "clip": dataclasses.asdict(estimate.clip),
+        "clip": {
+            "batch_size": estimate.clip.batch_size,
+            "accumulation_steps": estimate.clip.accumulation_steps,
+            "latents": list(estimate.clip.latents),
+            "text": list(estimate.clip.text),
+        },
         "device": dataclasses.asdict(estimate.device),
         "global_batch_size": estimate.global_batch_size,
         "roles": {
@@ -149,9 +154,10 @@ def _time_lines(estimate: Estimate) -> Iterator[str]:
     if seconds is None or device.peak_flops is None:
         yield f"time: the peak rate of {device.name!r} is not known; give --peak-tflops"
         return
+    whole = duration(seconds * estimate.num_steps)
     yield (
-        f"time: {seconds:.3g} s per step, {duration(seconds * estimate.num_steps)} for {estimate.num_steps:,} steps, at "
-        f"{device.mfu:.0%} of {device.peak_flops / 1e12:g} TFLOP/s ({device.name})"
+        f"time: {seconds:.3g} s per step, {whole} for {estimate.num_steps:,} steps, at {device.mfu:.0%} of "
+        f"{device.peak_flops / 1e12:g} TFLOP/s ({device.name})"
     )
 
 

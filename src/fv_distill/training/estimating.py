@@ -5,11 +5,9 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from accelerate import Accelerator
 
 from fv_distill.config.schema import RunConfig
@@ -19,11 +17,12 @@ from fv_distill.estimate.estimate import Clip, Device, Estimate, make_estimate
 from fv_distill.estimate.layout import Layout, read_layout
 from fv_distill.estimate.published import config_directory
 from fv_distill.estimate.report import as_json, print_estimate
+from fv_distill.estimate.text_encoder import measure_text_encoder
 from fv_distill.hardware import peak_flops
 from fv_distill.methods.base import TrainingMethod
+from fv_distill.methods.options import TrajectoryOptions
 from fv_distill.models.base import ModelBase
 from fv_distill.models.conditioning import Conditioning
-from fv_distill.models.pretrained import load_component_config
 from fv_distill.rollouts.ode import STATES
 
 from .optim import build_optimizer
@@ -94,7 +93,7 @@ def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:
         with torch.device("meta"):
             models = build_models(local)
         student = models["student"]
-        encoder = _TextEncoder(student.directory)
+        encoder = measure_text_encoder(student.directory)
         text = (config.training.data.text_length, encoder.width)
         for model in models.values():
             _read_no_prompts(model, text)
@@ -106,7 +105,7 @@ def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:
             method,
             _optimizers(method, config),
             layout=layout,
-            clip=Clip(data.train_batch_size, loop.gradient_accumulation_steps, shape, text),
+            clip=Clip(data.train_batch_size, loop.gradient_accumulation_steps, shape, text, _trajectories(config)),
             device=device,
             has_average="ema" in config.callbacks,
             text_encoder_bytes=encoder.parameters * student.dtype.itemsize,
@@ -183,6 +182,11 @@ def _split(config: RunConfig, models: dict[str, ModelBase]) -> tuple[TrainingMet
     return method, models.get("teacher") if "teacher" in cache_roles else None
 
 
+def _trajectories(config: RunConfig) -> TrajectoryOptions | None:
+    options = method_class(config).options_class.model_validate(config.method.options)
+    return options if isinstance(options, TrajectoryOptions) else None
+
+
 def _optimizers(method: TrainingMethod, config: RunConfig) -> dict[str, Any]:
     options = config.training.optimizer.as_kwargs()
     return {
@@ -202,20 +206,3 @@ def _read_no_prompts(model: ModelBase, text: tuple[int, int]) -> None:
         return Conditioning(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device="meta"))
 
     vars(model)["encode_prompts"] = encode
-
-
-class _TextEncoder:
-    """The size of a directory's text encoder.
-
-    Attributes:
-        parameters: their number.
-        width: of its embeddings.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        (class_name,) = load_component_config(directory, "text_encoder")["architectures"]
-        config = transformers.AutoConfig.from_pretrained(directory / "text_encoder")
-        with torch.device("meta"):
-            encoder = getattr(transformers, class_name)(config)
-        self.width = int(config.hidden_size)
-        self.parameters = sum(parameter.numel() for parameter in encoder.parameters())

@@ -189,6 +189,11 @@ def build_method(config: RunConfig, models: Mapping[str, ModelBase]) -> Training
 
 
 def method_class(config: RunConfig) -> type[TrainingMethod]:
+    """The class that `method._target_` names.
+
+    Raises:
+        TypeError: if it is no method.
+    """
     kind = resolve_target(config.method.target)
     if not (isinstance(kind, type) and issubclass(kind, TrainingMethod)):
         raise TypeError(
