@@ -36,7 +36,11 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"fv_distill": ["py.typed"], "fv_distill.report": ["templates/*"]},
+    package_data={
+        "fv_distill": ["py.typed"],
+        "fv_distill.estimate": ["published_configs.json"],
+        "fv_distill.report": ["templates/*"],
+    },
     # Ranges start at the release that the tests ran with, where older ones were not tried; torch has a wider one.
     install_requires=[
         "torch>=2.9,<2.15",

@@ -36,13 +36,15 @@ def test_import_is_quick():
 
 
 def test_import_needs_nothing_heavy():
-    code = "import fv_distill\nfrom fv_distill import callbacks, config, data, export, losses, methods, models\n"
+    code = (
+        "import fv_distill\nfrom fv_distill import callbacks, config, data, estimate, export, losses, methods, models\n"
+    )
     assert heavy_modules_after(code + "from fv_distill import report, rollouts, schedules, training\n") == "HEAVY []"
 
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["train"], ["export"], ["convert-wan"], ["report"], ["demo"]],
+    [[], ["train"], ["export"], ["convert-wan"], ["estimate"], ["report"], ["demo"]],
     ids=lambda words: " ".join(words) or "fv-distill",
 )
 def test_help_is_quick_and_needs_nothing_heavy(words):

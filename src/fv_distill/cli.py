@@ -178,6 +178,33 @@ def report(words: Sequence[str]) -> None:
     console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
+def estimate(words: Sequence[str]) -> None:
+    """Say what a run will take before it is launched: parameters, memory, network calls, arithmetic, time, disk."""
+    parser = argparse.ArgumentParser(
+        prog="fv-distill estimate",
+        description=estimate.__doc__,
+        epilog="other options are dotted overrides of the config, such as --training.data.train_batch_size 2",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML")
+    parser.add_argument("--accelerate-config", metavar="FILE", help="accelerate launch's YAML (default: one GPU)")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="instead of accelerate's YAML")
+    parser.add_argument("--device", default="H100", metavar="NAME", help="what each process runs on (default: H100)")
+    parser.add_argument(
+        "--device-memory", type=float, default=80, metavar="GIB", help="of each device, in GiB (default: 80)"
+    )
+    parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the device, instead of the known rate")
+    parser.add_argument("--mfu", type=float, default=0.4, help="model FLOP utilisation of the run (default: 0.4)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    args, overrides = parser.parse_known_args(words)
+    with exit_on_user_error(debug=args.debug):
+        from .config.load import load_run_config
+        from .training.estimating import run_estimate
+
+        run_estimate(load_run_config(args.config, overrides), args)
+
+
 def doctor(words: Sequence[str]) -> None:
     """Look at versions, devices, attention, disk and the start of several processes; status 1 if something is wrong."""
     parser = argparse.ArgumentParser(prog="fv-distill doctor", description=doctor.__doc__, allow_abbrev=False)
@@ -237,6 +264,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "convert-wan": (convert_wan, "turn original Wan or Self-Forcing weights into a diffusers directory, or back"),
     "generate": (generate, "make a video with a model, streamed where it is causal"),
     "report": (report, "make one HTML page of a run"),
+    "estimate": (estimate, "say what a run will take: memory, network calls, time"),
     "doctor": (doctor, "look at this machine: versions, devices, disk, several processes"),
     "demo": (demo, "distil and measure a student of handwritten digits"),
 }

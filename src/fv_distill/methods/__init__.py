@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "base": ["LossTerm", "SigmaErrors", "TrainingMethod"],
+        "calls": ["NetworkCall"],
         "dfsft": ["DiffusionForcingSFTMethod"],
         "dmd2": ["DMD2Method"],
         "finetune": ["FineTuneMethod"],

@@ -17,6 +17,7 @@ from fv_distill.schedules.shift import shift_sigma, unshift_sigma
 from fv_distill.schedules.timesteps import gaussian_timestep_weight
 
 from .base import LossTerm, SigmaErrors, TrainingMethod
+from .calls import NetworkCall
 from .options import DiffusionForcingSFTOptions, MethodOptions
 
 
@@ -50,6 +51,12 @@ class DiffusionForcingSFTMethod(TrainingMethod):
     def updates(self, step: int) -> tuple[str, ...]:
         """The student, in every step."""
         return ("student",)
+
+    def network_calls(self, step: int, num_frames: int) -> tuple[NetworkCall, ...]:
+        """One call of the student, behind the clean clip with teacher forcing."""
+        return (
+            NetworkCall("student", grad=True, span="clip_after_history" if self.options.teacher_forcing else "clip"),
+        )
 
     def encode_prompts(self) -> None:
         """Encode the empty prompt, which caption dropout puts in."""

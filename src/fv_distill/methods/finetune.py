@@ -13,6 +13,7 @@ from fv_distill.schedules.shift import shift_sigma
 from fv_distill.schedules.timesteps import density_sigma
 
 from .base import LossTerm, SigmaErrors, TrainingMethod
+from .calls import NetworkCall
 from .options import FineTuneOptions, MethodOptions
 
 
@@ -30,6 +31,10 @@ class FineTuneMethod(TrainingMethod):
     def updates(self, step: int) -> tuple[str, ...]:
         """The student, in every step."""
         return ("student",)
+
+    def network_calls(self, step: int, num_frames: int) -> tuple[NetworkCall, ...]:
+        """One call of the student."""
+        return (NetworkCall("student", grad=True),)
 
     def encode_prompts(self) -> None:
         """Encode the empty prompt, which caption dropout puts in."""

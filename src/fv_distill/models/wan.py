@@ -182,14 +182,33 @@ def load_text_to_video(
     gradient_checkpointing: bool,
     attention_backend: str | None,
 ) -> nn.Module:
-    """A directory's network as `network_class`; arguments and errors as in `WanModel.from_pretrained`."""
-    transformer: Any = network_class.from_pretrained(directory, subfolder="transformer", dtype=parse_dtype(dtype))
+    """A directory's network as `network_class`; arguments and errors as in `WanModel.from_pretrained`.
+
+    Under `torch.device("meta")` its config is all that is read: the shapes without the weights.
+    """
+    is_meta = torch.get_default_device().type == "meta"
+    transformer: Any = (
+        _without_weights(network_class, directory, parse_dtype(dtype))
+        if is_meta
+        else network_class.from_pretrained(directory, subfolder="transformer", dtype=parse_dtype(dtype))
+    )
     if transformer.config.image_dim is not None or transformer.config.in_channels != transformer.config.out_channels:
         raise ValueError(f"{directory} is an image-to-video Wan; only Wan 2.1 text-to-video is handled")
-    if weights is not None:
+    if weights is not None and not is_meta:
         load_weights_override(transformer, weights)
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if attention_backend is not None:
         transformer.set_attention_backend(attention_backend)
     return transformer
+
+
+def _without_weights(network_class: type[WanTransformer3DModel], directory: Path, dtype: torch.dtype) -> Any:
+    """The network on the meta device, its parameters in the types that `from_pretrained` would give them."""
+    load_component_config(directory, "transformer")
+    network: Any = network_class.from_config(network_class.load_config(directory, subfolder="transformer"))
+    kept_in_fp32 = network_class._keep_in_fp32_modules or []
+    for name, parameter in network.named_parameters():
+        if not any(part in name.split(".") for part in kept_in_fp32):
+            parameter.data = parameter.data.to(dtype)
+    return network.eval()

@@ -92,7 +92,7 @@ def build_trainer(config: RunConfig, *, dry_run: bool = False) -> Trainer:
     """The trainer of a config, in the order in which mistakes are cheapest to find."""
     accelerator = build_accelerator(config, dry_run=dry_run)
     dataset = build_trajectory_dataset(config, accelerator, dry_run=dry_run)
-    models = build_models(config, [role for role in config.models if role not in _method_class(config).cache_roles])
+    models = build_models(config, [role for role in config.models if role not in method_class(config).cache_roles])
     method = build_method(config, models)
     check_run(dataset, method, config)
     return Trainer(accelerator, method, dataset, config, build_callbacks(config))
@@ -199,11 +199,16 @@ def build_model(config: RunConfig, role: str) -> ModelBase:
 
 def build_method(config: RunConfig, models: Mapping[str, ModelBase]) -> TrainingMethod:
     """The method of the config over its adapters."""
-    kind = _method_class(config)
+    kind = method_class(config)
     return kind(models, kind.options_class.model_validate(config.method.options))
 
 
-def _method_class(config: RunConfig) -> type[TrainingMethod]:
+def method_class(config: RunConfig) -> type[TrainingMethod]:
+    """The class that `method._target_` names.
+
+    Raises:
+        TypeError: if it is no method.
+    """
     kind = resolve_target(config.method.target)
     if not (isinstance(kind, type) and issubclass(kind, TrainingMethod)):
         raise TypeError(
@@ -274,7 +279,7 @@ def export_if_asked(trainer: Trainer) -> None:
 
 
 def print_dry_run(trainer: Trainer) -> None:
-    """Print the resolved config, the sizes of the networks and the batch."""
+    """Print the resolved config, the sizes of the networks, what the run will take, and the batch."""
     if not trainer.accelerator.is_main_process:
         return
     console.print(dump_run_config(trainer.config), markup=False, highlight=False)
@@ -283,6 +288,10 @@ def print_dry_run(trainer: Trainer) -> None:
         state = "trained" if model.trainable else "frozen"
         console.print(f"{role}: {count / 1e6:.2f} M parameters, {model.dtype}, {state}", highlight=False)
     plan = trainer.plan
+    # Assembled from what is in this file.
+    from .estimating import print_dry_run_estimate
+
+    print_dry_run_estimate(trainer.config, trainer.accelerator, trainer.latent_shape)
     console.print(
         f"{len(trainer.dataset)} rows, global batch {plan.global_batch_size}, "
         f"{trainer.config.training.loop.max_train_steps} steps; dry run: nothing was trained",
