@@ -162,6 +162,13 @@ def generate(words: Sequence[str]) -> None:
         generate_video(args)
 
 
+def evaluate(words: Sequence[str]) -> None:
+    """Compare a student with its teacher, or with real clips, on the same prompts and the same noise."""
+    from .evaluation.command import run_command
+
+    run_command(words, description=evaluate.__doc__)
+
+
 def doctor(words: Sequence[str]) -> None:
     """Look at versions, devices, attention, disk and the start of several processes; status 1 if something is wrong."""
     parser = argparse.ArgumentParser(prog="fv-distill doctor", description=doctor.__doc__, allow_abbrev=False)
@@ -220,6 +227,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "export": (export, "make a diffusers directory of a checkpoint"),
     "convert-wan": (convert_wan, "turn original Wan or Self-Forcing weights into a diffusers directory, or back"),
     "generate": (generate, "make a video with a model, streamed where it is causal"),
+    "evaluate": (evaluate, "compare a student with its teacher: cost, distances, videos, a page"),
     "doctor": (doctor, "look at this machine: versions, devices, disk, several processes"),
     "demo": (demo, "distil and measure a student of handwritten digits"),
 }
