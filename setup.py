@@ -33,7 +33,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"fv_distill": ["py.typed"]},
+    package_data={"fv_distill": ["py.typed"], "fv_distill.evaluation": ["templates/*"]},
     # Ranges start at the release that the tests ran with, where older ones were not tried; torch has a wider one.
     install_requires=[
         "torch>=2.9,<2.15",
@@ -53,6 +53,7 @@ setup(
         "pillow>=13",
         "ftfy>=6.3,<7",
         "packaging>=24",
+        "jinja2>=3.1,<4",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["fv-distill = fv_distill.cli:main"]},

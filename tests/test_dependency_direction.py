@@ -32,6 +32,7 @@ FORBIDDEN = {
     "methods": {"accelerate", "yaml", "omegaconf", "torch.optim", "diffusers", "transformers", "datasets"},
     "data": {"accelerate", "fv_distill.methods", "fv_distill.training"},
     "export": {"accelerate", "fv_distill.methods"},
+    "evaluation": {"accelerate", *(f"fv_distill.{part}" for part in ("methods", "training", "config", "callbacks"))},
     "config": {"accelerate", "torch", "fv_distill.methods", "fv_distill.models", "fv_distill.training"},
     "training": {"fv_distill.methods", "fv_distill.models"},
     "callbacks": {"fv_distill.methods", "fv_distill.models"},
@@ -46,8 +47,9 @@ PERMITTED = {
         "fv_distill.models.conditioning",
     },
     "callbacks": {"fv_distill.methods.base", "fv_distill.models.base", "fv_distill.models.conditioning"},
+    "evaluation": {"fv_distill.callbacks.video_files"},
 }
-NO_CONCRETE_MODEL = {"data", "export"}
+NO_CONCRETE_MODEL = {"data", "export", "evaluation"}
 MODEL_BASES = {"fv_distill.models.base", "fv_distill.models.conditioning", "fv_distill.models.pretrained"}
 FAMILIES = {"wan", "wan_causal", "hunyuan", "cosmos", "longcat", "matrixgame2"}
 

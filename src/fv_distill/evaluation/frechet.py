@@ -20,8 +20,8 @@ COMPONENTS = 48
 MINIMUM_CLIPS = 2 * COMPONENTS
 """Below it a covariance of the components is hardly more than noise: no distance is given."""
 
-RELIABLE_CLIPS = 500
-"""Below it a distance is mostly the noise of the covariances, see docs/evaluate.md; the table marks it."""
+RELIABLE_CLIPS = 1000
+"""Below it a distance is largely chance, see docs/evaluate.md; the table marks it."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,6 @@ from .plan import Plan
 from .report import frechet_note, to_markdown
 
 _LIBRARIES = ("torch", "diffusers", "transformers")
-# Clips smaller than this are shown as squares of pixels.
-_PIXEL_ART_SIDE = 64
 
 
 def write_report(
@@ -62,6 +60,7 @@ def write_report(
 
     shown = _first_clips(plan, stores, num_videos)
     contact_sheet(shown).save(output / "contact_sheet.png")
+    videos = [(prompt, side_by_side(clips)) for prompt, clips in shown]
     page = output / "evaluation.html"
     write_page(
         page,
@@ -69,10 +68,10 @@ def write_report(
         rows=rows,
         facts=facts,
         notes=notes,
-        videos=_write_videos(shown, output / "videos", fps=fps),
+        videos=_write_videos(videos, output / "videos", fps=fps),
         sheet=output / "contact_sheet.png",
         settings={**settings, "versions": versions},
-        pixelated=min(next(iter(shown[0][1].values())).shape[1:3]) < _PIXEL_ART_SIDE,
+        video_size=videos[0][1].shape[1:3],
     )
     console.print(f"wrote {page}", highlight=False, markup=False, soft_wrap=True)
 
@@ -117,14 +116,12 @@ def _first_clips(
     return shown
 
 
-def _write_videos(
-    shown: Sequence[tuple[str, Mapping[str, np.ndarray]]], directory: Path, *, fps: float
-) -> list[tuple[str, Path]]:
+def _write_videos(videos: Sequence[tuple[str, np.ndarray]], directory: Path, *, fps: float) -> list[tuple[str, Path]]:
     directory.mkdir(exist_ok=True)
     written = []
-    for index, (prompt, clips) in enumerate(shown):
+    for index, (prompt, frames) in enumerate(videos):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
         path = directory / f"{index:03d}_{slug}{best_suffix()}"
-        write_video(path, side_by_side(clips), fps=fps)
+        write_video(path, frames, fps=fps)
         written.append((prompt, path))
     return written

@@ -9,10 +9,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .measure import Row
-from .report import TABLES, cell, shown_columns
+from .report import TABLES, cell, shown_columns, shown_rows
 
 # Browsers and mail still handle a page of this size; what doesn't fit is linked.
 EMBEDDED_BYTES = 32 * 2**20
+# Of a card: its padding and border.
+_CARD_MARGIN = 22
+_CONTROLS_HEIGHT = 240
 _KINDS = {"mp4": "video/mp4", "gif": "image/gif", "png": "image/png"}
 
 
@@ -26,7 +29,7 @@ def write_page(
     videos: Sequence[tuple[str, Path]],
     sheet: Path,
     settings: Mapping[str, Any],
-    pixelated: bool,
+    video_size: tuple[int, int],
     max_embedded_bytes: int = EMBEDDED_BYTES,
 ) -> None:
     """Write the page.
@@ -40,23 +43,22 @@ def write_page(
         videos: prompts and their side-by-side files, in or below the page's directory.
         sheet: the picture of frames.
         settings: shown at the end.
-        pixelated: whether clips are so small that their pixels are shown as squares.
+        video_size: height and width of the videos, in pixels.
         max_embedded_bytes: how much to embed; further files are linked.
     """
     sources = _Sources(path.parent, max_embedded_bytes)
     clips = [{"prompt": prompt, "kind": file.suffix[1:], "source": sources.of(file)} for prompt, file in videos]
-    environment = Environment(
-        loader=PackageLoader("fv_distill.evaluation", package_path=""), autoescape=True, undefined=StrictUndefined
-    )
+    environment = Environment(loader=PackageLoader("fv_distill.evaluation"), autoescape=True, undefined=StrictUndefined)
     html = environment.get_template("page.html.j2").render(
         title=title,
         facts=facts,
         notes=notes,
         tables=_tables(rows),
         clips=clips,
-        clips_note=f"The first clip of each prompt: {', '.join(row.name for row in rows)}.{sources.note}",
-        card_width=min(1120, 150 * len(rows) + 40),
-        rendering="pixelated" if pixelated else "auto",
+        clips_note=f"The first clip of each prompt: {' | '.join(row.name for row in rows)}.{sources.note}",
+        card_width=min(1120, video_size[1] + _CARD_MARGIN),
+        # A browser's controls would cover small ones.
+        controls=video_size[0] >= _CONTROLS_HEIGHT,
         sheet=sources.of(sheet),
         settings=json.dumps(settings, indent=2),
     )
@@ -95,7 +97,7 @@ def _tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "is_model": row is rows[-1],
                     "cells": [cell(row, column) for column in columns],
                 }
-                for row in rows
+                for row in shown_rows(table, rows)
             ]
             tables.append({"title": table.title, "columns": columns, "rows": body})
     return tables

@@ -45,7 +45,7 @@ TABLES = (
                 "forward_passes", "network calls", "per clip, counted; a streaming student's take one chunk each", "g"
             ),
             Column("seconds_per_clip", "s per clip", "median, from the first network call to the last frame", ".3g"),
-            Column("latency_first_chunk_s", "s to first frames", "median; all frames at once unless it streams", ".3g"),
+            Column("latency_first_chunk_s", "s to first frames", "median, of a whole batch unless it streams", ".3g"),
             Column("frames_per_second", "frames/s", "frames of a clip over its seconds", ".1f"),
             Column("peak_memory_bytes", "peak GB", "allocated on the accelerator; on a CPU the process's", ".2f", 1e-9),
         ),
@@ -65,7 +65,7 @@ TABLES = (
     Table(
         "Sets of clips",
         (
-            Column("clips", "clips", "measured", "d"),
+            Column("clips", "clips", "how many there are", "d"),
             Column("frechet_pixel", "Frechet, frames", "distance of small frames to the reference's; less is nearer"),
             Column("frechet_motion", "Frechet, changes", "the same of differences of frames; less is nearer"),
             Column("motion", "motion", "mean absolute difference of successive frames", ".4f"),
@@ -86,6 +86,11 @@ def shown_columns(table: Table, rows: Sequence[Row]) -> list[Column]:
     return [column for column in table.columns if any(getattr(row, column.key) is not None for row in rows)]
 
 
+def shown_rows(table: Table, rows: Sequence[Row]) -> list[Row]:
+    """The rows that have any figure: the reference has none against itself."""
+    return [row for row in rows if any(getattr(row, column.key) is not None for column in table.columns)]
+
+
 def cell(row: Row, column: Column) -> str:
     """A figure as text; few clips' Frechet distances get a tilde."""
     value = getattr(row, column.key)
@@ -103,10 +108,12 @@ def frechet_note(rows: Sequence[Row], floors: Mapping[str, float | None]) -> str
     fewest = min(row.clips for row in rows)
     if fewest < MINIMUM_CLIPS:
         return f"Frechet distances need {MINIMUM_CLIPS} clips of each side at the least; the fewest here are {fewest}."
+    if all(row.frechet_pixel is None for row in rows):
+        return "No Frechet distances: the clips have not as many frames as the reference's."
     parts = [f"{floors[key]:.3f} ({name})" for key, name in _FRECHET if floors[key] is not None]
     note = f"Two halves of the reference are {', '.join(parts)} apart, by chance alone. " if parts else ""
     if fewest < RELIABLE_CLIPS:
-        note += f"~: below {RELIABLE_CLIPS} clips a Frechet distance is mostly such chance."
+        note += f"~: of less than {RELIABLE_CLIPS} clips a Frechet distance is largely such chance."
     return note.strip()
 
 
@@ -118,7 +125,7 @@ def to_markdown(title: str, rows: Sequence[Row], facts: Mapping[str, Any], notes
     lines = [f"# {title}", "", *(f"- {key}: {_escaped(str(value))}" for key, value in facts.items())]
     for table in TABLES:
         columns = shown_columns(table, rows)
-        # A table is empty where there is nothing to pair with.
+        # There is nothing to pair with real clips.
         if not columns:
             continue
         lines += ["", f"## {table.title}", "", f"| | {' | '.join(column.title for column in columns)} |"]

@@ -186,6 +186,8 @@ class StreamSampler:
                 frames.append(to_uint8(decode(chunk)))
                 latencies.append(time.perf_counter() - start)
         clean = torch.cat(latents, dim=2)[0, :, : self._latent_frames].float().cpu()
+        if not clean.isfinite().all():
+            raise ValueError("the model makes latents that are not finite; try --dtype float32")
         started_from = fingerprint(noise[0].to(model.dtype))
         return Clip(np.concatenate(frames)[: self._num_frames], clean, started_from), seen.rows, latencies
 
@@ -235,5 +237,11 @@ def _forked(device: torch.device) -> Any:
 
 
 def to_uint8_array(frames: np.ndarray) -> np.ndarray:
-    """`[B, F, H, W, 3]` in [0, 1] to uint8."""
-    return (np.clip(np.nan_to_num(frames), 0, 1) * 255).round().astype(np.uint8)
+    """Frames in [0, 1] to uint8.
+
+    Raises:
+        ValueError: for values that are not finite, which would look like black frames.
+    """
+    if not np.isfinite(frames).all():
+        raise ValueError("the model makes frames that are not finite; try --dtype float32")
+    return (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
