@@ -124,7 +124,9 @@ def test_noise_that_is_given_starts_the_first_chunks(streamer):
     other = torch.cat(list(streamer.stream_latents(PROMPT, shape, seed=3, noise=-starts[0])), dim=2)
     assert not torch.equal(other[:, :, 0], own[:, :, 0])
     noise = torch.cat(starts[:3], dim=2)
-    assert np.array_equal(streamer.generate(PROMPT, num_frames=9, seed=3, noise=noise), streamer.generate(PROMPT, seed=3))
+    assert np.array_equal(
+        streamer.generate(PROMPT, num_frames=9, seed=3, noise=noise), streamer.generate(PROMPT, seed=3)
+    )
     for wrong in ((1, 4, 5, 4, 4), (1, 3, 1, 4, 4), (4, 1, 4, 4), (2, 4, 1, 4, 4)):
         with pytest.raises(ValueError, match=r"noise has shape .* must be \[1, 4, t, 4, 4\]"):
             next(streamer.stream_latents(PROMPT, shape, noise=torch.zeros(wrong)))
