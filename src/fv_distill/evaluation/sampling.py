@@ -2,7 +2,8 @@
 
 The noise of a clip is one standard normal draw `[1, C, T, H, W]` from a generator of the clip's own, on the CPU. A
 pipeline draws it itself from that generator; a causal student gets the same values chunk by chunk. That they are the
-same is not taken for granted: what the network is first called with is kept as a fingerprint.
+same is not taken for granted: of what a pipeline first calls its network with, and of what a stream is given, a
+fingerprint is kept.
 """
 
 import inspect
@@ -194,10 +195,9 @@ class StreamSampler:
     def _noise(self, index: int) -> tuple[Tensor, Tensor]:
         """A pipeline's noise for the clip, and that of the frames by which whole chunks are longer."""
         channels, frames, height, width = self._shape
-        noise = torch.randn(
-            (1, channels, self._latent_frames, height, width), generator=start_generator(self._seed, index)
-        )
+        start = start_generator(self._seed, index)
         more = generator_for(self._seed, "evaluate/rest_of_chunk", index)
+        noise = torch.randn((1, channels, self._latent_frames, height, width), generator=start)
         return noise, torch.randn((1, channels, frames - self._latent_frames, height, width), generator=more)
 
 
