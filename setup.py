@@ -39,6 +39,7 @@ setup(
     package_data={
         "fv_distill": ["py.typed"],
         "fv_distill.estimate": ["published_configs.json"],
+        "fv_distill.evaluation": ["templates/*"],
         "fv_distill.report": ["templates/*"],
     },
     # Ranges start at the release that the tests ran with, where older ones were not tried; torch has a wider one.

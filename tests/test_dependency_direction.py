@@ -43,6 +43,7 @@ FORBIDDEN = {
         *("torch", "diffusers", "transformers", "accelerate"),
         *(f"fv_distill.{part}" for part in ("methods", "models", "training", "callbacks", "data", "export")),
     },
+    "evaluation": {"accelerate", *(f"fv_distill.{part}" for part in ("methods", "training", "config", "callbacks"))},
     "config": {"accelerate", "torch", "fv_distill.methods", "fv_distill.models", "fv_distill.training"},
     "training": {"fv_distill.methods", "fv_distill.models"},
     "callbacks": {"fv_distill.methods", "fv_distill.models"},
@@ -57,8 +58,9 @@ PERMITTED = {
         "fv_distill.models.conditioning",
     },
     "callbacks": {"fv_distill.methods.base", "fv_distill.models.base", "fv_distill.models.conditioning"},
+    "evaluation": {"fv_distill.callbacks.video_files"},
 }
-NO_CONCRETE_MODEL = {"data", "export"}
+NO_CONCRETE_MODEL = {"data", "export", "evaluation"}
 MODEL_BASES = {"fv_distill.models.base", "fv_distill.models.conditioning", "fv_distill.models.pretrained"}
 FAMILIES = {"wan", "wan_causal", "hunyuan", "cosmos", "longcat", "matrixgame2"}
 

@@ -39,12 +39,15 @@ def test_import_needs_nothing_heavy():
     code = (
         "import fv_distill\nfrom fv_distill import callbacks, config, data, estimate, export, losses, methods, models\n"
     )
-    assert heavy_modules_after(code + "from fv_distill import report, rollouts, schedules, training\n") == "HEAVY []"
+    assert (
+        heavy_modules_after(code + "from fv_distill import evaluation, report, rollouts, schedules, training\n")
+        == "HEAVY []"
+    )
 
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["train"], ["export"], ["convert-wan"], ["estimate"], ["report"], ["demo"]],
+    [[], ["train"], ["export"], ["convert-wan"], ["estimate"], ["evaluate"], ["report"], ["demo"]],
     ids=lambda words: " ".join(words) or "fv-distill",
 )
 def test_help_is_quick_and_needs_nothing_heavy(words):

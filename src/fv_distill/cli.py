@@ -205,6 +205,13 @@ def estimate(words: Sequence[str]) -> None:
         run_estimate(load_run_config(args.config, overrides), args)
 
 
+def evaluate(words: Sequence[str]) -> None:
+    """Compare a student with its teacher, or with real clips, on the same prompts and the same noise."""
+    from .evaluation.command import run_command
+
+    run_command(words, description=evaluate.__doc__)
+
+
 def doctor(words: Sequence[str]) -> None:
     """Look at versions, devices, attention, disk and the start of several processes; status 1 if something is wrong."""
     parser = argparse.ArgumentParser(prog="fv-distill doctor", description=doctor.__doc__, allow_abbrev=False)
@@ -265,6 +272,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "generate": (generate, "make a video with a model, streamed where it is causal"),
     "report": (report, "make one HTML page of a run"),
     "estimate": (estimate, "say what a run will take: memory, network calls, time"),
+    "evaluate": (evaluate, "compare a student with its teacher: cost, distances, videos, a page"),
     "doctor": (doctor, "look at this machine: versions, devices, disk, several processes"),
     "demo": (demo, "distil and measure a student of handwritten digits"),
 }

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from fv_distill.export.scheduler import few_step_scheduler
 from fv_distill.generation import DEFAULT_GUIDANCE, even_sigmas, stream_clip
 from fv_distill.models.base import CausalModelBase
 from fv_distill.models.conditioning import Conditioning
+from fv_distill.prompts import read_prompts
 from fv_distill.rng import derive_seed, generator_for
 from fv_distill.training.sharding import reshard, unwrap
 
@@ -91,7 +91,7 @@ class ValidationCallback(Callback):
             raise ValueError(f"callbacks.validation.every_steps={every_steps} must be at least 1")
         if not sampling_steps or min(sampling_steps) < 1:
             raise ValueError(f"callbacks.validation.sampling_steps={list(sampling_steps)} must list counts from 1 up")
-        self.prompts = read_prompts(Path(dataset_file))
+        self.prompts = read_prompts(Path(dataset_file), name="callbacks.validation.dataset_file")
         self.pipeline_class = resolve_target(pipeline_target)
         self._accepted = _accepted_arguments(self.pipeline_class, pipeline_target, pipeline_kwargs)
         self.every_steps = every_steps
@@ -269,40 +269,6 @@ class ValidationCallback(Callback):
                 assert isinstance(ema, EMACallback)
                 stack.enter_context(ema.ema_context(trainer.models["student"].transformer))
             yield
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a .txt, .json or .jsonl file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: for another kind of file, a row without a caption, or a file without prompts.
-    """
-    where = f"callbacks.validation.dataset_file={str(path)!r}"
-    if not path.is_file():
-        raise FileNotFoundError(f"{where}: no such file")
-    if path.suffix not in (".txt", ".json", ".jsonl"):
-        raise ValueError(f"{where} must be a .txt, .json or .jsonl file")
-    text = path.read_text(encoding="utf-8")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    try:
-        if path.suffix == ".json":
-            rows = json.loads(text)
-            rows = rows["data"] if isinstance(rows, dict) and "data" in rows else rows
-        else:
-            rows = lines if path.suffix == ".txt" else [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no valid JSON: {error}") from error
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{where} holds no prompts; write one a line, or a JSON list")
-    return [_prompt(row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
-
-
-def _prompt(row: Any, where: str) -> str:
-    prompt = (row.get("caption") or row.get("prompt")) if isinstance(row, dict) else row
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{where}: expected a text, or a mapping with a `caption` or a `prompt`, not {row!r:.80}")
-    return prompt
 
 
 def _accepted_arguments(pipeline_class: Any, target: str, given: Mapping[str, Any]) -> set[str] | None:
