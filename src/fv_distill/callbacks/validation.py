@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
