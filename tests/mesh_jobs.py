@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from my_optimizers import Rows
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -95,7 +96,23 @@ def load_and_compare(folder, pair, facts, expected, case):
             assert found[name].dtype == value.dtype and torch.equal(found[name], value), (case, group, name)
 
 
+def refuse_rows():
+    """A state of one number a row can't be put together again from shards, and is refused."""
+    network, _ = make((4,), 0, step=False)
+    optimizer = Rows(network.parameters(), lr=0.1)
+    network(torch.ones(2, 7)).backward()
+    optimizer.step()
+    try:
+        optimizer_tensors(network, optimizer)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main(Path(sys.argv[1]))
+    refused = refuse_rows()
+    if dist.get_rank() == 0:
+        (Path(sys.argv[1]) / "refused.txt").write_text(refused)
     dist.destroy_process_group()

@@ -58,6 +58,16 @@ def test_dataloading(tmp_path):
 
 
 @pytest.mark.slow
+def test_checkpoint(tmp_path):
+    small = ["--width", "16", "--layers", "1", "--repeats", "2", "--folder", str(tmp_path)]
+    result = run_benchmark(tmp_path, "checkpoint", *small)
+    assert result["ratio_load"] > 0 and set(result["mb_per_s"]) == {"save", "raw_write", "load", "raw_read"}
+    # Weights of three networks and two states of each of two optimizers, in float32; and names.
+    assert 28 < 1e6 * result["mb"] / result["parameters"] < 60
+    assert {"sync", "async", "async_call"} == set(result["cost_s"])
+
+
+@pytest.mark.slow
 def test_self_forcing_memory(tmp_path):
     small = ["--width", "64", "--layers", "2", "--latent-size", "8"]
     result = run_benchmark(tmp_path, "self_forcing_memory", *small)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -46,10 +47,14 @@ def test_nothing_is_written_twice(folder, mesh):
         assert sum(t.numel() for file in written for t in file.values()) == sum(t.numel() for t in tensors.values())
 
 
+def test_a_state_that_can_not_be_sharded_is_refused(folder):
+    message = (folder / "refused.txt").read_text()
+    assert message.startswith("my_optimizers.Rows keeps rows of shape (1,) for one of shape (1, 5)")
+    assert "training.optimizer._target_" in message and "replicated weights" in message
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_a_damaged_file_is_noticed(folder, tmp_path, damage):
-    import shutil
-
     copy = shutil.copytree(folder / "shards", tmp_path / "copy")
     (copy / "metadata.json").write_text(json.dumps({"format": 2}))
     file = copy / "net-00001.safetensors"

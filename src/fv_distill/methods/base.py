@@ -72,7 +72,7 @@ class TrainingMethod(ABC):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Trainable role names, in optimizer and checkpoint order."""
+        """Trainable role names, in the order of optimizers and checkpoints."""
         return self.trainable_roles
 
     @abstractmethod

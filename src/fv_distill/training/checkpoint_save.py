@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from fv_distill.export.checkpoint_weights import METADATA_FILE, TENSORS_FILE
 
-from .checkpoint_storage import INCOMPLETE, ChunkWriter
+from .checkpoint_storage import INCOMPLETE, ChunkWriter, format_bytes
 from .durable_files import sync, write_durably
 
 
@@ -93,13 +93,24 @@ class PendingSave:
             shutil.rmtree(replaced)
 
     def _raise_together(self, error: Exception | None) -> None:
-        errors = _everyones(self._accelerator, None if error is None else f"{type(error).__name__}: {error}")
-        if not errors:
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        everyones = gather_object([(self._accelerator.process_index, text)])
+        failed = [(rank, text) for rank, text in everyones if text is not None]
+        if not failed:
             return
+        # How full it is where it failed, before room is made; the main process knows what all of them write.
+        (space,) = broadcast_object_list([self._describe_space() if self._accelerator.is_main_process else None])
         if self._accelerator.is_main_process:
             shutil.rmtree(self._writer.folder, ignore_errors=True)
         self._accelerator.wait_for_everyone()
-        raise _save_error(self._final, "; ".join(errors)) from error
+        numbered = self._accelerator.num_processes > 1
+        told = [f"process {rank}: {text}" if numbered else text for rank, text in failed]
+        raise _save_error(self._final, "; ".join([*told, space])) from error
+
+    def _describe_space(self) -> str:
+        folder = self._final.parent
+        free = shutil.disk_usage(folder).free
+        return f"it takes {format_bytes(self._writer.total_bytes)}, and {format_bytes(free)} were free in {folder}"
 
 
 def start_save(
@@ -134,13 +145,6 @@ def start_save(
 def reasons(error: CheckpointException) -> str:
     """What failed on which process, without the traces."""
     return "; ".join(sorted({f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}))
-
-
-def _everyones(accelerator: Accelerator, error: str | None) -> list[str]:
-    """The errors of all processes; one that all have is told once."""
-    found = gather_object([(accelerator.process_index, error)])
-    numbered = accelerator.num_processes > 1
-    return [f"process {rank}: {text}" if numbered else text for rank, text in found if text is not None]
 
 
 def _save_error(final: Path, why: str) -> CheckpointSaveError:
