@@ -7,12 +7,18 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -23,13 +29,18 @@ from fv_distill.models.base import ModelBase
 
 
 def make_accelerator(
-    *, output_dir: str | Path, mixed_precision: str | None = None, trackers: Sequence[str] = ()
+    *,
+    output_dir: str | Path,
+    mixed_precision: str | None = None,
+    timeout_minutes: float | None = None,
+    trackers: Sequence[str] = (),
 ) -> Accelerator:
     """The accelerator that the launch configuration asks for.
 
     Args:
         output_dir: the run's directory; trackers write to its `logs` folder.
         mixed_precision: "no" or "bf16"; None takes the launcher's.
+        timeout_minutes: how long a process waits for the others in a collective; None is torch's default.
         trackers: names of accelerate trackers.
 
     Raises:
@@ -42,6 +53,7 @@ def make_accelerator(
         log_with=list(trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs")),
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[] if timeout_minutes is None else [_process_group_timeout(timeout_minutes)],
     )
     if accelerator.mixed_precision == "fp16":
         raise ValueError("mixed_precision fp16 is not supported: DMD gradients leave its range; use bf16 or no")
@@ -58,6 +70,11 @@ def make_accelerator(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     return accelerator
+
+
+def _process_group_timeout(minutes: float) -> InitProcessGroupKwargs:
+    # Accelerate hands on only what differs from its own default, ten minutes, which gloo's isn't: 10 would be lost.
+    return InitProcessGroupKwargs(timeout=timedelta(minutes=minutes, microseconds=1))
 
 
 def _enable_fsdp2_on_cpu(accelerator: Accelerator) -> None:

@@ -42,7 +42,7 @@ class RunLog:
         """Open trackers and the progress bar; metrics beyond the resumed step are dropped."""
         if self.accelerator.is_main_process:
             self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / CONFIG_FILE).write_text(dump_run_config(self.config))
+            _write_at_once(self.directory / CONFIG_FILE, dump_run_config(self.config))
             _keep_until(self.directory / METRICS_FILE, step)
         if self.options.trackers:
             flat = _flatten(self.config.model_dump(mode="json", by_alias=True)) | {"yaml": self.config.source_text}
@@ -107,6 +107,13 @@ class RunLog:
             per_step = (now - self._start_time) / max(1, step - self._start_step)
             eta = per_step * (self._max_steps - step)
             console.print(f"step {step}/{self._max_steps}  {losses}  {per_step:.2f} s/step  eta {eta:.0f} s")
+
+
+def _write_at_once(path: Path, text: str) -> None:
+    """A run that is killed here must not leave half a config, by which a restart would not know it again."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text)
+    draft.replace(path)
 
 
 def _keep_until(path: Path, step: int) -> None:
