@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from fv_distill.console import console
 from fv_distill.models.base import ModelBase
 
 
@@ -57,6 +58,7 @@ def make_accelerator(
     )
     if accelerator.mixed_precision == "fp16":
         raise ValueError("mixed_precision fp16 is not supported: DMD gradients leave its range; use bf16 or no")
+    _warn_of_a_shared_store(accelerator)
     _enable_fsdp2_on_cpu(accelerator)
     wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if wants_fsdp and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
@@ -75,6 +77,17 @@ def make_accelerator(
 def _process_group_timeout(minutes: float) -> InitProcessGroupKwargs:
     # Accelerate hands on only what differs from its own default, ten minutes, which gloo's isn't: 10 would be lost.
     return InitProcessGroupKwargs(timeout=timedelta(minutes=minutes, microseconds=1))
+
+
+def _warn_of_a_shared_store(accelerator: Accelerator) -> None:
+    """Seen with torch 2.13 and gloo: processes that torchrun starts again hang, or fail to reach those that ended."""
+    may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    if may_restart and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and accelerator.is_main_process:
+        console.print(
+            "warning: processes that are started again find the addresses of the ended ones in the launcher's store; "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv-backend c10d for --max-restarts",
+            highlight=False,
+        )
 
 
 def _enable_fsdp2_on_cpu(accelerator: Accelerator) -> None:
