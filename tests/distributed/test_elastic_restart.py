@@ -1,5 +1,6 @@
 """torchrun starts the processes again after one was killed: they go on by themselves, and nothing of it shows."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from tiny_runs import (
     assert_same_tensors,
     checkpoint,
     dmd2_config,
+    metadata,
     metric_lines,
     write_config,
 )
@@ -46,7 +48,7 @@ class Kill(Callback):
 
 # What torchrun does, with processes that are forked: importing everything in each of them is what takes time.
 LAUNCH = """
-import sys
+import json, os, sys
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from fv_distill.config import load_run_config
 from fv_distill.training import build_trainer
@@ -57,50 +59,55 @@ def train(paths):
         trainer.train()
     trainer.accelerator.end_training()
 
-config = LaunchConfig(
-    min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=int(sys.argv[1]), start_method="fork", run_id="test",
-    rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.1,
-)
-elastic_launch(config, train)(sys.argv[2:])
+for environment, paths in json.loads(sys.argv[1]):
+    os.environ.update(environment)
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=2, start_method="fork", run_id=paths[0],
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.1,
+    )
+    elastic_launch(config, train)(paths)
 """
 
 
-def launch(*words, folder, environment):
+@pytest.fixture(scope="module")
+def runs(tiny_wan, tiny_rows, tmp_path_factory):
+    """Runs that were killed before their first checkpoint and after it, and whole ones; and what was printed."""
+    folder = tmp_path_factory.mktemp("elastic")
+    (folder / "my_kill.py").write_text(KILL)
+    config = dmd2_config(tiny_wan, tiny_rows, folder / "none")
+    config["training"]["checkpoint"]["resume_from_checkpoint"] = "auto"
+    config["training"]["data"]["train_batch_size"] = 1
+    launches = []
+    for name, environment in (("replicated", {}), ("sharded", FSDP2)):
+        (folder / name).mkdir()
+        kill = {"_target_": "my_kill.Kill", "folder": str(folder / name), "steps": [1, 3]}
+        paths = []
+        for kind, callbacks in (("whole", {}), ("killed", {"callbacks.kill": kill})):
+            changes = {"training.output_dir": str(folder / name / kind), **callbacks}
+            paths.append(str(write_config(config, folder / f"{name}-{kind}.yaml", changes)))
+        launches.append((environment, paths))
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, folder / "launch.py", *map(str, words)],
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH, json.dumps(launches)],
         capture_output=True,
         text=True,
-        env={**os.environ, **OWN_STORE, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
+        env={**os.environ, **OWN_STORE, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["replicated", "sharded"])
-def test_a_killed_process_changes_nothing(tiny_wan, tiny_rows, tmp_path, environment):
-    """Killed before the first checkpoint the run starts over, killed after it goes on from there."""
-    (tmp_path / "my_kill.py").write_text(KILL)
-    (tmp_path / "launch.py").write_text(LAUNCH)
-    config = dmd2_config(tiny_wan, tiny_rows, tmp_path / "whole")
-    config["training"]["checkpoint"]["resume_from_checkpoint"] = "auto"
-    config["training"]["data"]["train_batch_size"] = 1
-    kill = {"_target_": "my_kill.Kill", "folder": str(tmp_path), "steps": [1, 3]}
-    paths = [
-        write_config(config, tmp_path / "whole.yaml"),
-        write_config(
-            config,
-            tmp_path / "killed.yaml",
-            {"training.output_dir": str(tmp_path / "killed"), "callbacks.kill": kill},
-        ),
-    ]
-    done = launch(2, *paths, folder=tmp_path, environment=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert sorted(path.name for path in tmp_path.glob("killed-*")) == ["killed-in-step-1", "killed-in-step-3"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert done.stdout.count(f"resumed from {checkpoint(killed, 2)} at step 2") == 1
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+def test_a_killed_process_changes_nothing(runs, kind):
+    folder, out = runs
+    whole, killed = folder / kind / "whole", folder / kind / "killed"
+    assert sorted(path.name for path in (folder / kind).glob("killed-*")) == ["killed-in-step-1", "killed-in-step-3"]
+    assert out.count(f"resumed from {checkpoint(killed, 2)} at step 2") == 1
     assert metric_lines(killed) == metric_lines(whole)
     assert [path.name for path in complete_checkpoints(killed)] == ["step-00000002", "step-00000004"]
     for name in ("student", "critic", "ema"):
         assert_same_tensors(*(load_role_weights(checkpoint(run, 4), name) for run in (killed, whole)))
-    if not environment:
+    assert metadata(checkpoint(killed, 4))["sharded"] == (kind == "sharded")
+    if kind == "replicated":
         assert_same_state(checkpoint(killed, 4), checkpoint(whole, 4), num_networks=3, num_optimizers=2)

@@ -64,7 +64,7 @@ class DistributedConfig(Section):
     timeout_minutes: float | None = Field(
         None,
         gt=0,
-        description="how long a process waits for the others before it fails; null is torch's, 30, or 10 on NVIDIA GPUs",
+        description="how long a process waits for the others before it fails; null: 30, with NCCL 10",
     )
 
 
@@ -120,7 +120,7 @@ class CheckpointConfig(Section):
     keep_last: int = Field(3, ge=1, description="older checkpoints are removed")
     resume_from_checkpoint: str | None = Field(
         None,
-        description="latest, a checkpoint directory, or auto: latest if there is one, else start (for unattended restarts)",
+        description="latest, a checkpoint directory, or auto: latest if there is one, else start; for restarts",
     )
 
 
