@@ -1,11 +1,11 @@
 """What each process of an FSDP2 run keeps in memory, against its share of what one process keeps.
 
-A DMD2 run of two steps, both roles updated in each, on 1, 2 and 4 CPU processes (torchrun, gloo). Every process adds up
-its own shards of the student's, critic's, teacher's and average's weights, of the gradients of both trained roles before
-their optimizers step, and of the optimizers' states. The ratio is the fullest process's bytes times the processes, over
-the bytes of one process that has all: 1 is ideal, and what is above is parameters that don't divide evenly. `live` counts
-all tensors that are alive at the same moment, whoever holds them: a network that stayed gathered would show. It is no
-peak: that is at least one gathered block and the activations higher. Prints one JSON line.
+A DMD2 run of two steps, both roles updated in each, on 1, 2 and 4 CPU processes (torchrun, gloo). Every process adds
+up its own shards of the student's, critic's, teacher's and average's weights, of the gradients of both trained roles
+before their optimizers step, and of the optimizers' states. The ratio is the fullest process's bytes times the
+processes, over the bytes of one process that has all: 1 is ideal, and what is above is parameters that don't divide
+evenly. `live` counts all tensors that are alive before an optimizer's step, whoever holds them: a network that stayed
+gathered would show. It is no peak: that is at least one gathered block and the activations higher. Prints a JSON line.
 
     python benchmarks/fsdp_memory.py
 """
