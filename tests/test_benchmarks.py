@@ -83,3 +83,16 @@ def test_streaming(tmp_path):
     assert result["calls_ratio"] == 1.0 and result["calls"]["critic"] == 5 + 1 and result["calls"]["teacher"] == 1
     assert result["modulation_ratio"] == 30 * 52
     assert result["modulation_mb"]["per_frame"] == pytest.approx(21 * 6 * 1536 * 4 / 1e6, rel=0.01)
+
+
+@pytest.mark.slow
+def test_fsdp_memory(tmp_path):
+    result = run_benchmark(tmp_path, "fsdp_memory", "--processes", "1", "2", "--layers", "1", "--latent-size", "4")
+    one, two = result["mb_per_process"]
+    whole = 4 * result["parameters"] / 1e6
+    # Four networks, the gradients and two Adam states of two of them.
+    assert one == pytest.approx((4 + 2 + 4) * whole, rel=0.01)
+    assert two == pytest.approx(one / 2, rel=0.1) and result["ratio"] == pytest.approx(2 * two / one, abs=1e-3)
+    assert 1 <= result["ratio"] <= result["target_ratio"]
+    # Nothing beside the shards is a network's size.
+    assert result["live_mb"][1] < result["live_mb"][0] - 3.5 * whole

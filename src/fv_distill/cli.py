@@ -213,15 +213,22 @@ def evaluate(words: Sequence[str]) -> None:
 
 
 def doctor(words: Sequence[str]) -> None:
-    """Look at versions, devices, attention, disk and the start of several processes; status 1 if something is wrong."""
+    """Look at this machine and how processes would be started on it; status 1 if something is wrong."""
     parser = argparse.ArgumentParser(prog="fv-distill doctor", description=doctor.__doc__, allow_abbrev=False)
     parser.add_argument(
         "--output-dir", type=Path, default=Path("outputs"), metavar="DIR", help="where runs go (default: outputs)"
     )
+    parser.add_argument(
+        "--accelerate-config",
+        type=Path,
+        metavar="FILE",
+        help="the config for `accelerate launch` (default: the one that `accelerate config` wrote)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(words)
     from .doctor import run_doctor
 
-    if not run_doctor(args.output_dir):
+    if not run_doctor(args.output_dir, accelerate_config=args.accelerate_config, as_json=args.json):
         raise SystemExit(1)
 
 

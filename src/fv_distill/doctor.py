@@ -1,72 +1,92 @@
 """What this machine can run, and what is wrong with it: the checks of `fv-distill doctor`."""
 
 import importlib.util
+import json
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal
 
+import numpy as np
 import torch
 from packaging.requirements import Requirement
 
+from .callbacks.video_files import best_suffix, write_video
 from .console import console
+from .doctor_check import Check
+from .doctor_settings import accelerate_config_checks, communication_checks, hub_check
 
 SELF_TEST_SECONDS = 120
 # A checkpoint of DMD2 on 1.3 billion parameters: student, critic and average, two Adam states each of the first two.
 WANTED_DISK_GB = 50
 # What PyTorch's loader processes pass tensors through; containers often have 64 MB.
 WANTED_SHARED_MEMORY_GB = 1
+WRITTEN_MB = 64
+WANTED_MB_PER_S = 100
+ALLOWED_SKEW_SECONDS = 60
+WANTED_OPEN_FILES = 4096
+OPTIONAL_PACKAGES = {"av": "mp4 files", "wandb": "its tracker", "bitsandbytes": "8-bit optimizers"}
 OPTIONAL_ATTENTION = {"flash-attn": "flash_attn", "sageattention": "sageattention", "xformers": "xformers"}
 _SELF_TEST = "fv_distill.doctor_self_test"
 _STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
-@dataclass(frozen=True)
-class Check:
-    """One finding: what was looked at, how it is, and for what isn't well what to do."""
-
-    name: str
-    status: Literal["ok", "warning", "error"]
-    detail: str
-    fix: str = ""
-
-
-def run_doctor(output_dir: Path) -> bool:
-    """Print all checks as they are made; whether none is an error.
+def run_doctor(output_dir: Path, *, accelerate_config: Path | None = None, as_json: bool = False) -> bool:
+    """Print all checks as they are made, or as one JSON object; whether none is an error.
 
     Args:
         output_dir: where runs are going to be written; its disk is looked at.
+        accelerate_config: a config of `accelerate launch`; None takes the default one, if there is one.
+        as_json: for programs.
     """
-    is_well = True
-    for check in checks(output_dir):
-        is_well = is_well and check.status != "error"
-        fix = f"\n         -> {check.fix}" if check.fix else ""
-        console.print(f"{check.status:<8}", style=_STYLES[check.status], end=" ", highlight=False)
-        console.print(f"{check.name}: {check.detail}{fix}", markup=False, highlight=False, soft_wrap=True)
+    found = []
+    for check in checks(output_dir, accelerate_config):
+        found.append(check)
+        if not as_json:
+            _print(check)
+    is_well = all(check.status != "error" for check in found)
+    if as_json:
+        print(json.dumps({"well": is_well, "checks": [asdict(check) for check in found]}))
     return is_well
 
 
-def checks(output_dir: Path) -> Iterator[Check]:
+def _print(check: Check) -> None:
+    fix = f"\n         -> {check.fix}" if check.fix else ""
+    console.print(f"{check.status:<8}", style=_STYLES[check.status], end=" ", highlight=False)
+    console.print(f"{check.name}: {check.detail}{fix}", markup=False, highlight=False, soft_wrap=True)
+
+
+def checks(output_dir: Path, accelerate_config: Path | None = None) -> Iterator[Check]:
     """All findings, quick ones first."""
     yield Check("python", "ok", f"{platform.python_version()} on {platform.platform()}")
     yield from package_checks()
+    yield optional_check()
     yield from device_checks()
     yield attention_check()
+    yield video_check()
     yield disk_check("output directory", output_dir)
+    yield from writing_checks(output_dir)
     yield disk_check("model cache", Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser())
+    yield hub_check()
     yield shared_memory_check(Path("/dev/shm"))
+    yield open_files_check()
+    yield from accelerate_config_checks(accelerate_config)
+    yield from communication_checks()
     yield from distributed_checks()
 
 
 def package_checks() -> Iterator[Check]:
     """The installed packages against the ranges that this library was tested with; of the extras only what is there."""
+    tested = []
     for text in requires("fv_distill") or []:
         requirement = Requirement(text)
         is_optional = requirement.marker is not None
@@ -76,17 +96,27 @@ def package_checks() -> Iterator[Check]:
             if not is_optional:
                 yield Check(requirement.name, "error", "not installed", f'pip install "{_without_marker(requirement)}"')
             continue
-        if requirement.specifier.contains(installed, prereleases=True):
-            # One line for each of the extras' tools would hide what matters.
-            if not is_optional:
-                yield Check(requirement.name, "ok", installed)
-        else:
+        if not requirement.specifier.contains(installed, prereleases=True):
             yield Check(
                 requirement.name,
                 "warning",
                 f"{installed}, tested with {requirement.specifier}",
                 f'pip install "{_without_marker(requirement)}"',
             )
+        elif not is_optional:
+            tested.append(f"{requirement.name} {installed}")
+    yield Check("packages", "ok", ", ".join(tested))
+
+
+def optional_check() -> Check:
+    """What is there of the packages that only some options need."""
+    there, missing = [], []
+    for name, use in OPTIONAL_PACKAGES.items():
+        try:
+            there.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(f"{name} ({use})")
+    return Check("optional packages", "ok", f"{', '.join(there) or 'none'}; not installed: {', '.join(missing) or '-'}")
 
 
 def _without_marker(requirement: Requirement) -> str:
@@ -129,7 +159,7 @@ def attention_check() -> Check:
 
 def disk_check(name: str, directory: Path) -> Check:
     """Free space, and whether it can be written to, where `directory` is or is going to be."""
-    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    there = _existing_parent(directory)
     if not there.is_dir() or not os.access(there, os.W_OK):
         return Check(name, "error", f"{directory} can't be written to", "choose another directory or mend its rights")
     free = shutil.disk_usage(there).free / 1e9
@@ -137,6 +167,58 @@ def disk_check(name: str, directory: Path) -> Check:
     if free < WANTED_DISK_GB:
         return Check(name, "warning", detail, f"a run on a 1.3 B model with checkpoints takes {WANTED_DISK_GB} GB")
     return Check(name, "ok", detail)
+
+
+def _existing_parent(directory: Path) -> Path:
+    return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+
+
+def writing_checks(directory: Path) -> Iterator[Check]:
+    """How fast a checkpoint would be written there, and whether that file system's clock is this machine's."""
+    try:
+        with tempfile.TemporaryFile(dir=_existing_parent(directory)) as file:
+            # Random, as some file systems compress.
+            block = os.urandom(8 * 10**6)
+            start = time.perf_counter()
+            for _ in range(WRITTEN_MB // 8):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            speed = WRITTEN_MB / (time.perf_counter() - start)
+            skew = os.fstat(file.fileno()).st_mtime - time.time()
+    except OSError as error:
+        yield Check("writing", "error", f"{directory}: {error}", "choose another directory or mend its rights")
+        return
+    detail = f"{speed:.0f} MB/s to {directory}"
+    if speed < WANTED_MB_PER_S:
+        fix = f"each {WANTED_DISK_GB} GB of checkpoints take {WANTED_DISK_GB * 1000 / speed / 60:.0f} minutes"
+        yield Check("writing", "warning", detail, fix)
+    else:
+        yield Check("writing", "ok", detail)
+    if abs(skew) > ALLOWED_SKEW_SECONDS:
+        detail = f"the file system of {directory} is {skew:+.0f} s off this machine's clock"
+        yield Check("clock", "warning", detail, "synchronise the machines (chrony, ntp)")
+
+
+def open_files_check() -> Check:
+    """How many files and sockets a process may hold open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < WANTED_OPEN_FILES:
+        fix = f"ulimit -n {WANTED_OPEN_FILES if hard == resource.RLIM_INFINITY else min(WANTED_OPEN_FILES, hard)}"
+        return Check("open files", "warning", f"at most {soft}; loader processes and many ranks need more", fix)
+    return Check("open files", "ok", "no limit" if soft == resource.RLIM_INFINITY else f"at most {soft}")
+
+
+def video_check() -> Check:
+    """Whether validation could write its clips."""
+    suffix = best_suffix()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            write_video(Path(folder) / f"clip{suffix}", np.zeros((2, 64, 64, 3), np.uint8), fps=8)
+    except (OSError, ValueError) as error:
+        return Check("video", "error", f"{suffix} can't be written: {error}", "pip install --force-reinstall av")
+    gif = "" if suffix == ".mp4" else "; mp4 needs pip install 'fv_distill[video]'"
+    return Check("video", "ok", f"validation writes {suffix}{gif}")
 
 
 def shared_memory_check(directory: Path) -> Check:

@@ -84,6 +84,17 @@ def test_a_second_signal_ends_at_once(config, tmp_path):
         )
 
 
+def test_a_second_sigterm_is_the_first_one_again(config, tmp_path):
+    """SLURM may send one to the processes and one to the launcher, which passes it on."""
+    again = interrupted(tmp_path, 1, signal.SIGTERM)
+    again = {key.replace("interrupt", "again", 1): value for key, value in again.items()}
+    stopped = train(
+        config,
+        interrupted(tmp_path, 1, signal.SIGTERM) | again | {"callbacks.again._target_": "my_interrupt.Interrupt"},
+    )
+    assert [path.name for path in complete_checkpoints(stopped)] == ["step-00000001"]
+
+
 def test_loader_processes_outlive_a_signal_to_the_whole_group(config, tmp_path):
     changes = interrupted(tmp_path, 2, signal.SIGTERM, group=True) | {"training.data.num_workers": 1}
     path = write_config(config, tmp_path / "run.yaml", changes)

@@ -74,7 +74,11 @@ def _parser(description: str | None, epilog: str | None, prog: str | None) -> ar
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML")
-    parser.add_argument("--resume-from-checkpoint", metavar="latest|DIR", help="continue a run exactly")
+    parser.add_argument(
+        "--resume-from-checkpoint",
+        metavar="latest|auto|DIR",
+        help="continue a run exactly; auto starts it where there is no checkpoint yet, for unattended restarts",
+    )
     parser.add_argument("--output-dir", metavar="DIR", help="where the run writes (training.output_dir)")
     parser.add_argument("--overwrite", action="store_true", help="replace another run in the output directory")
     parser.add_argument(

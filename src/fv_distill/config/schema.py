@@ -79,6 +79,11 @@ class DistributedConfig(Section):
     context_parallel_degree: int = Field(
         1, ge=1, description="processes that share the tokens of each clip, for clips too long for one"
     )
+    timeout_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="how long a process waits for the others before it fails; null: 30, with NCCL 10",
+    )
 
 
 class DataOptions(Section):
@@ -132,7 +137,10 @@ class CheckpointConfig(Section):
     every_steps: int = Field(500, ge=0, description="save every N steps; 0 saves at the end only")
     keep_last: int = Field(3, ge=1, description="older checkpoints are removed")
     async_save: bool = Field(False, description="copy the state to host memory and write it while the training goes on")
-    resume_from_checkpoint: str | None = Field(None, description="latest, or a checkpoint directory")
+    resume_from_checkpoint: str | None = Field(
+        None,
+        description="latest, a checkpoint directory, or auto: latest if there is one, else start; for restarts",
+    )
 
 
 class TrackerConfig(Section):
@@ -169,6 +177,15 @@ class TrainingConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = Field(default_factory=TrackerConfig)
     model: ModelDefaults = Field(default_factory=ModelDefaults)
+
+    @model_validator(mode="after")
+    def _a_restart_keeps_its_run(self) -> "TrainingConfig":
+        if self.overwrite and self.checkpoint.resume_from_checkpoint == "auto":
+            raise ValueError(
+                "overwrite removes a run and resume_from_checkpoint=auto goes on with it, and a restart is the same "
+                "command again: give one of them"
+            )
+        return self
 
 
 class CallbackConfig(OpenSection):

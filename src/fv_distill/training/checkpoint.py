@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from fv_distill.config.load import dump_run_config
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 # A copy that a user made beside ours has another name and is left alone.
 _NAME = re.compile(r"step-\d+")
+AUTO = "auto"
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "peft", "fv_distill")
 
 
@@ -66,6 +68,17 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path:
         reason = "its name says so" if path.suffix == INCOMPLETE else "it has no metadata.json"
         raise FileNotFoundError(f"resume_from_checkpoint: {path} is no complete checkpoint ({reason})")
     return path
+
+
+def checkpoint_to_resume(resume_from: str | None, output_dir: str | Path) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` names, or None for a start from the beginning.
+
+    Raises:
+        FileNotFoundError: as `find_checkpoint` does; `auto` without a checkpoint is a start.
+    """
+    if resume_from == AUTO:
+        resume_from = "latest" if complete_checkpoints(output_dir) else None
+    return None if resume_from is None else find_checkpoint(resume_from, output_dir)
 
 
 class CheckpointManager:
@@ -154,10 +167,14 @@ class CheckpointManager:
         Raises:
             ValueError: if the checkpoint doesn't fit this run, or is damaged.
         """
-        if self.options.resume_from_checkpoint is None:
-            return
         trainer = self.trainer
-        path = find_checkpoint(self.options.resume_from_checkpoint, trainer.config.training.output_dir)
+        path = None
+        if trainer.accelerator.is_main_process:
+            path = checkpoint_to_resume(self.options.resume_from_checkpoint, trainer.config.training.output_dir)
+        # On a shared file system the machines may list different checkpoints for a while.
+        (path,) = broadcast_object_list([path])
+        if path is None:
+            return
         metadata = read_checkpoint_metadata(path)
         self._check_compatible(path, metadata)
         if trainer.accelerator.is_main_process:

@@ -12,7 +12,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Remembers that one of the two signals came, while used as a context; a second signal acts as it always did.
+    """Remembers that one of the two signals came, while used as a context; a SIGINT after it acts as it always did.
+
+    A SIGTERM may come twice and means the same: SLURM sends one to every process, and so does the launcher that gets
+    one itself.
 
     Signals reach processes at different moments. `agreed` lets all of them stop after the same step, wherever one came.
     Python allows handlers in the main thread only; elsewhere the signals keep their usual effect.
@@ -44,7 +47,8 @@ class StopRequest:
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self._received = number
-        self._restore()
+        if signal.SIGINT in self._previous:
+            signal.signal(signal.SIGINT, self._previous.pop(signal.SIGINT))
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -26,10 +26,11 @@ from fv_distill.methods.base import TrainingMethod
 from fv_distill.models.base import CausalModelBase, ModelBase
 from fv_distill.rollouts.ode import STATES
 
-from .checkpoint import complete_checkpoints, find_checkpoint
+from .checkpoint import AUTO, complete_checkpoints, find_checkpoint
 from .context_parallel import ContextGroups
 from .launch_modes import describe_launch
 from .output_directory import check_output_directory
+from .restart import refuse_another_run
 from .sessions import SESSIONS_FILE
 from .sharding import make_accelerator
 from .sigma_losses import SIGMA_LOSSES_FILE
@@ -80,8 +81,11 @@ def run_make_trajectories(config: RunConfig, *, dry_run: bool = False) -> Path:
     if options is None or options.teacher_path_cache is None:
         raise ValueError("method.teacher_path_cache is null; set the directory that the paths go to")
     _quieten_libraries()
+    distributed = config.training.distributed
     accelerator = make_accelerator(
-        output_dir=config.training.output_dir, mixed_precision=config.training.distributed.mixed_precision
+        output_dir=config.training.output_dir,
+        mixed_precision=distributed.mixed_precision,
+        timeout_minutes=distributed.timeout_minutes,
     )
     build_trajectory_dataset(config, accelerator, dry_run=dry_run)
     accelerator.end_training()
@@ -111,6 +115,7 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
     accelerator = make_accelerator(
         output_dir=training.output_dir,
         mixed_precision=training.distributed.mixed_precision,
+        timeout_minutes=training.distributed.timeout_minutes,
         trackers=() if dry_run else training.tracker.trackers,
     )
     # Made here for its checks: a launch that doesn't fit shall be told of before networks are loaded.
@@ -324,6 +329,9 @@ def _mixed_precision(config: RunConfig) -> str:
 def _refuse_foreign_run(config: RunConfig) -> None:
     training = config.training
     directory = Path(training.output_dir)
+    if training.checkpoint.resume_from_checkpoint == AUTO:
+        refuse_another_run(config, RUN_FILES)
+        return
     if training.checkpoint.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(training.checkpoint.resume_from_checkpoint, directory)
         read_checkpoint_metadata(checkpoint)

@@ -8,12 +8,13 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -21,19 +22,25 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fv_distill.config.schema import Placement
+from fv_distill.console import console
 from fv_distill.models.base import ModelBase
 
 from .launch_modes import check_launch, cpu_offload_policy, enable_fsdp2_on_cpu, mesh_hidden_on_cpu, wants_fsdp
 
 
 def make_accelerator(
-    *, output_dir: str | Path, mixed_precision: str | None = None, trackers: Sequence[str] = ()
+    *,
+    output_dir: str | Path,
+    mixed_precision: str | None = None,
+    timeout_minutes: float | None = None,
+    trackers: Sequence[str] = (),
 ) -> Accelerator:
     """The accelerator that the launch configuration asks for.
 
     Args:
         output_dir: the run's directory; trackers write to its `logs` folder.
         mixed_precision: "no" or "bf16"; None takes the launcher's.
+        timeout_minutes: how long a process waits for the others in a collective; None is torch's default.
         trackers: names of accelerate trackers.
 
     Raises:
@@ -49,9 +56,11 @@ def make_accelerator(
             log_with=list(trackers) or None,
             project_config=directories,
             step_scheduler_with_optimizer=False,
+            kwargs_handlers=[] if timeout_minutes is None else [_process_group_timeout(timeout_minutes)],
         )
     if accelerator.mixed_precision == "fp16":
         raise ValueError("mixed_precision fp16 is not supported: DMD gradients leave its range; use bf16 or no")
+    _warn_of_a_shared_store(accelerator)
     enable_fsdp2_on_cpu(accelerator)
     if wants_fsdp() and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
         raise ValueError(f"the launcher asks for FSDP but accelerate made it {accelerator.distributed_type.value}")
@@ -62,6 +71,22 @@ def make_accelerator(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     return accelerator
+
+
+def _process_group_timeout(minutes: float) -> InitProcessGroupKwargs:
+    # Accelerate hands on only what differs from its own default, ten minutes, which gloo's isn't: 10 would be lost.
+    return InitProcessGroupKwargs(timeout=timedelta(minutes=minutes, microseconds=1))
+
+
+def _warn_of_a_shared_store(accelerator: Accelerator) -> None:
+    """Seen with torch 2.13 and gloo: processes that torchrun starts again hang, or fail to reach those that ended."""
+    may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    if may_restart and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and accelerator.is_main_process:
+        console.print(
+            "warning: processes that are started again find the addresses of the ended ones in the launcher's store; "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv-backend c10d for --max-restarts",
+            highlight=False,
+        )
 
 
 def prepare_trainable(accelerator: Accelerator, model: ModelBase, optimizer: Optimizer) -> Optimizer:
