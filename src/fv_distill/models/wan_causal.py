@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class CausalWanModel(CausalModelBase, WanModel):
         CausalWanTransformer3DModel.convert(base.transformer)
         model = super().on_base(base, **kwargs)
         # The other roles, and whoever knows of none, see whole clips.
-        model.transformer.layout = ChunkLayout()
+        cast(CausalWanTransformer3DModel, base.transformer).layout = ChunkLayout()
         return model
 
     @classmethod

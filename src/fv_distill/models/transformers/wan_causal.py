@@ -132,6 +132,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     # The stock plan splits the sequence between ranks and would cut through the mask.
     _cp_plan = None
 
+    layout: ChunkLayout
     # What the stock constructor makes, for the type checker.
     config: Any
     rope: Any
@@ -148,18 +149,18 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     @functools.wraps(WanTransformer3DModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.convert(self)
+        self.convert(cast(nn.Module, self))
 
     @classmethod
     def convert(cls, network: nn.Module) -> None:
         """Make a stock network one of this class, in place: the same modules and weights, another forward."""
-        patch_size = cast(Any, network).config.patch_size
+        causal = cast(CausalWanTransformer3DModel, network)
+        patch_size = causal.config.patch_size
         if patch_size[0] != 1:
             raise ValueError(f"patch_size={tuple(patch_size)} patches time; a causal Wan needs 1 there")
-        network.__class__ = cls
-        assert isinstance(network, cls)
-        network.layout = ChunkLayout()
-        for block in network.blocks:
+        causal.__class__ = cls
+        causal.layout = ChunkLayout()
+        for block in causal.blocks:
             block.__class__ = CausalWanTransformerBlock
 
     def forward(
