@@ -8,6 +8,7 @@ switched: which adapter is active, and whether any is.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,52 +67,66 @@ class AdapterSwitch:
                 layer._active_adapter = [adapter]
 
 
-def inject_lora(
-    network: nn.Module,
-    adapter: str,
-    *,
-    rank: int,
-    alpha: float,
-    target_modules: Sequence[str],
-    rslora: bool = False,
-    dora: bool = False,
-    seed: int = 0,
-) -> int:
-    """Add a LoRA adapter (Hu et al. 2021) that changes nothing yet, in float32, and return how many layers it has.
+@dataclass(frozen=True)
+class LoraSpec:
+    """What an adapter is (Hu et al. 2021).
 
-    Args:
-        network: a diffusers network, in whose linear layers it goes; its other parameters' `requires_grad` stay.
-        adapter: the name, a role's.
+    Attributes:
         rank: of the two factors.
         alpha: the product is scaled by alpha / rank, or alpha / sqrt(rank) with `rslora` (Kalajdzievski 2023).
-        target_modules: ends of module names, such as `to_q`.
+        target_modules: ends of the names of the linear layers that it changes, such as `to_q`.
         rslora: see `alpha`.
         dora: train each layer's magnitude apart from its direction (Liu et al. 2024).
+    """
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    rslora: bool = False
+    dora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied with."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def peft_config(self) -> PeftLoraConfig:
+        """The same for PEFT."""
+        return PeftLoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # annotated as an int, used as a number
+            target_modules=list(self.target_modules),
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+        )
+
+
+def inject_lora(network: nn.Module, adapter: str, spec: LoraSpec, *, seed: int = 0) -> None:
+    """Add a LoRA adapter that changes nothing yet, in float32.
+
+    Args:
+        network: in whose linear layers it goes; its other parameters' `requires_grad` stay.
+        adapter: the name, a role's.
+        spec: what it is.
         seed: of the first factor's random start; the second one is zero.
 
     Raises:
         ValueError: if a target matches no linear layer, listing the network's.
     """
     linear = [name for name, module in network.named_modules() if _is_linear(module)]
-    unmatched = [target for target in target_modules if not any(_matches(name, target) for name in linear)]
-    if unmatched or not target_modules:
+    targets = spec.target_modules
+    unmatched = [target for target in targets if not any(_matches(name, target) for name in linear)]
+    if unmatched or not targets:
         raise ValueError(
             f"target_modules: {', '.join(unmatched) or 'the list is empty and'} matches no linear layer of "
             f"{type(network).__name__}; it has {', '.join(layer_kinds(linear))}"
         )
-    config = PeftLoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # a scale like any other; the annotation is narrower than the use
-        target_modules=list(target_modules),
-        use_rslora=rslora,
-        use_dora=dora,
-    )
     states = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # Several adapters on one network are what is meant here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, network, adapter_name=adapter)
+        inject_adapter_in_model(spec.peft_config(), network, adapter_name=adapter)
     for parameter, requires_grad in states:
         parameter.requires_grad_(requires_grad)
     for name, parameter in network.named_parameters():
@@ -119,7 +134,6 @@ def inject_lora(
             # PEFT gives it the base's type; updates of 1e-5 are lost in bf16.
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-    return sum(adapter in getattr(module, "lora_A", ()) for module in network.modules())
 
 
 def is_lora_parameter(name: str, adapter: str) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import TEXT_LENGTH, make_tiny_transformer
 
-from fv_distill.lora import AdapterSwitch, inject_lora, is_lora_parameter, lora_key
+from fv_distill.lora import AdapterSwitch, LoraSpec, inject_lora, is_lora_parameter, lora_key
 from fv_distill.methods import DMD2Method, DMD2Options, SelfForcingMethod, SelfForcingOptions
 from fv_distill.models import CausalWanModel, WanModel
 from fv_distill.models.transformers import CausalWanTransformer3DModel
@@ -230,7 +230,7 @@ def test_names_with_and_without_the_adapter():
 
 def test_a_switch_is_put_back_after_an_error():
     network = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    inject_lora(network, "one", rank=1, alpha=1, target_modules=["0"])
+    inject_lora(network, "one", LoraSpec(1, 1.0, ("0",)))
     switch = AdapterSwitch(network, resting="one")
     with pytest.raises(KeyError), switch.using(None):
         raise KeyError

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from fv_distill.lora import AdapterSwitch, inject_lora, is_lora_parameter
+from fv_distill.lora import AdapterSwitch, LoraSpec, inject_lora, is_lora_parameter
 from fv_distill.schedules import flow
 from fv_distill.schedules.timesteps import score_sigma
 
@@ -61,6 +61,7 @@ class ModelBase(ABC):
         self._prompts: dict[str, Conditioning] = {}
         # The role's LoRA adapter; None is the network as it is. Roles that share a network share its switch.
         self.adapter: str | None = None
+        self.lora: LoraSpec | None = None
         self.switch: AdapterSwitch | None = None
         transformer.requires_grad_(trainable).train(trainable)
 
@@ -108,11 +109,11 @@ class ModelBase(ABC):
 
         Args:
             adapter: its name, the role's.
-            rank: of the adapter.
-            alpha: None is the rank.
+            rank: see `LoraSpec`.
+            alpha: see `LoraSpec`; None is the rank.
             target_modules: one of the family's `lora_presets`, or ends of module names.
-            rslora: see `inject_lora`.
-            dora: see `inject_lora`.
+            rslora: see `LoraSpec`.
+            dora: see `LoraSpec`.
             seed: of its start.
 
         Raises:
@@ -120,23 +121,17 @@ class ModelBase(ABC):
         """
         if self.switch is None:
             self.transformer.requires_grad_(False)
-        inject_lora(
-            self.transformer,
-            adapter,
-            rank=rank,
-            alpha=rank if alpha is None else alpha,
-            target_modules=self._lora_targets(target_modules),
-            rslora=rslora,
-            dora=dora,
-            seed=seed,
+        spec = LoraSpec(
+            rank, rank if alpha is None else alpha, self._lora_targets(target_modules), rslora=rslora, dora=dora
         )
+        inject_lora(self.transformer, adapter, spec, seed=seed)
         if self.switch is None:
             self.switch = AdapterSwitch(self.transformer, resting=adapter)
         else:
             # The student, which comes first, is what a pipeline sees that knows of no roles.
             self.switch.current = self.switch.current or adapter
             self.switch.refresh()
-        self.adapter, self.trainable = adapter, True
+        self.adapter, self.lora, self.trainable = adapter, spec, True
         self.transformer.train()
 
     def _lora_targets(self, targets: str | Sequence[str]) -> tuple[str, ...]:
