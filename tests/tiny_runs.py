@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
 from tiny_models import TEXT_LENGTH
 
+from fv_distill.export.checkpoint_weights import load_checkpoint_tensors, read_stored_tensors
 from fv_distill.training import run_training_from_config
 
 # Three chunks, as the tiny rows have three latent frames.
@@ -151,17 +151,21 @@ def metadata(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "metadata.json").read_text())
 
 
+def groups(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """All tensors of a checkpoint, whole: `student`, `student.optimizer`, ..."""
+    return {name: load_checkpoint_tensors(directory, name) for name in read_stored_tensors(directory)}
+
+
 def assert_same_state(one: Path, other: Path, *, num_networks: int, num_optimizers: int) -> None:
-    """Two checkpoints with replicated weights hold the same bits."""
-    networks, optimizers = (sorted(path.name for path in one.glob(p)) for p in ("model*.safetensors", "optimizer*.bin"))
-    assert (len(networks), len(optimizers)) == (num_networks, num_optimizers)
-    for name in networks:
-        assert_same_tensors(load_file(one / name), load_file(other / name))
-    for name in optimizers:
-        states = [torch.load(path / name, weights_only=True)["state"] for path in (one, other)]
-        assert states[0].keys() == states[1].keys() and states[0]
-        for index in states[0]:
-            assert_same_tensors(states[0][index], states[1][index])
+    """Two checkpoints hold the same bits, however many processes wrote them."""
+    ours, theirs = groups(one), groups(other)
+    optimizers = [name for name in ours if name.endswith(".optimizer")]
+    assert (len(ours) - len(optimizers), len(optimizers)) == (num_networks, num_optimizers)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert_same_tensors(ours[name], theirs[name])
+    assert metadata(one)["optimizers"] == metadata(other)["optimizers"]
+    assert metadata(one)["updates"] == metadata(other)["updates"]
 
 
 def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

@@ -14,7 +14,6 @@ from tiny_runs import (
     dmd2_config,
     largest_difference,
     metadata,
-    metric_lines,
     metrics,
     self_forcing_config,
     train,
@@ -102,17 +101,6 @@ def assert_same_run(output_dir, reference):
         assert largest_difference(weights[2], weights[4]) > 1e-3, "weights that don't move prove nothing"
 
 
-def assert_exact_resume(path, output_dir, folder, *, environment=None):
-    """Resuming the checkpoint of step 2 elsewhere gives the rest of the run bit for bit."""
-    elsewhere = folder / f"{output_dir.name}-resumed"
-    launch(
-        path, "--output-dir", elsewhere, "--resume-from-checkpoint", checkpoint(output_dir, 2), environment=environment
-    )
-    assert metric_lines(elsewhere) == metric_lines(output_dir)[2:]
-    for name in NETWORKS:
-        assert_same_tensors(*(load_role_weights(checkpoint(run, 4), name) for run in (elsewhere, output_dir)))
-
-
 def test_replicated_weights_train_as_one_process_does(ddp, one_process):
     facts = metadata(checkpoint(ddp, 4))
     assert (facts["world_size"], facts["sharded"], facts["global_batch_size"]) == (2, False, 4)
@@ -127,19 +115,11 @@ def test_replicated_weights_accumulate(path, folder, one_process):
     assert_same_run(folder / "accumulated", one_process)
 
 
-def test_replicated_weights_resume_exactly(path, ddp, folder):
-    assert_exact_resume(path, ddp, folder)
-
-
 def test_sharded_weights_train_as_one_process_does(fsdp2, one_process):
     facts = metadata(checkpoint(fsdp2, 4))
     assert (facts["world_size"], facts["sharded"], facts["global_batch_size"]) == (2, True, 4)
-    assert len(list((checkpoint(fsdp2, 4) / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
+    assert len(list(checkpoint(fsdp2, 4).glob("student-*.safetensors"))) == 2
     assert_same_run(fsdp2, one_process)
-
-
-def test_sharded_weights_resume_exactly(path, fsdp2, folder):
-    assert_exact_resume(path, fsdp2, folder, environment=FSDP2)
 
 
 def test_a_sharded_checkpoint_becomes_a_stock_pipeline(fsdp2, folder):
@@ -150,12 +130,6 @@ def test_a_sharded_checkpoint_becomes_a_stock_pipeline(fsdp2, folder):
     call = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 8}
     frames = pipeline("a digit", num_inference_steps=2, guidance_scale=1.0, output_type="pt", **call).frames
     assert frames.shape == (1, 9, 3, 32, 32) and torch.isfinite(frames).all()
-
-
-def test_replicated_weights_do_not_resume_as_shards(path, ddp, folder):
-    words = ("--output-dir", folder / "mixed", "--resume-from-checkpoint", checkpoint(ddp, 2))
-    out = launch(path, *words, environment=FSDP2, status=1)
-    assert "was saved with replicated weights, this run uses FSDP2; launch it the same way to resume" in out
 
 
 @pytest.mark.parametrize("environment", [{}, FSDP2], ids=["replicated", "sharded"])

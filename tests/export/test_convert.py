@@ -3,34 +3,33 @@ import shutil
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from diffusers import AutoencoderKLWan, WanPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_models import make_tiny_transformer
 
 from fv_distill.export import convert, load_role_weights
 from fv_distill.export.call_arguments import training_call_arguments
+from fv_distill.training.checkpoint_storage import ChunkWriter
 
 
 @pytest.fixture
 def checkpoint(tiny_wan, tmp_path):
-    """A checkpoint as training writes it: student, critic and EMA, with DDP's prefix on one of them."""
+    """A checkpoint as training writes it: student, critic and EMA, and an optimizer."""
     directory = tmp_path / "checkpoints" / "step-00000002"
-    directory.mkdir(parents=True)
-    for index in range(3):
-        weights = make_tiny_transformer(seed=10 + index).state_dict()
-        if index == 0:
-            weights = {f"module.{key}": value for key, value in weights.items()}
-        save_file(weights, directory / ("model.safetensors" if index == 0 else f"model_{index}.safetensors"))
-    write_metadata(directory, tiny_wan, sharded=False)
+    names = ("student", "critic", "ema")
+    groups = {name: make_tiny_transformer(seed=10 + index).state_dict() for index, name in enumerate(names)}
+    writer = ChunkWriter(directory, copy=False)
+    writer.plan(groups | {"student.optimizer": {"blocks.0.norm2.weight/step": torch.tensor(2.0)}})
+    writer.write()
+    (directory / "tensors.json").write_text(writer.index)
+    write_metadata(directory, tiny_wan)
     return directory
 
 
-def write_metadata(directory, tiny_wan, *, sharded):
+def write_metadata(directory, tiny_wan):
     metadata = {
-        "format": 1,
+        "format": 2,
         "step": 2,
-        "sharded": sharded,
         "models": ["student", "critic", "ema"],
         "few_step": {"sigmas": [1.0, 0.75], "sample_type": "ode", "guidance_scale": 1.0},
         "latent_shape": [4, 3, 4, 4],
@@ -52,17 +51,18 @@ def assert_weights(weights, seed):
 
 
 @pytest.mark.parametrize(("name", "seed"), [("student", 10), ("critic", 11), ("ema", 12)])
-def test_replicated_weights_are_found_by_name(checkpoint, name, seed):
+def test_networks_are_found_by_name(checkpoint, name, seed, recwarn):
     assert_weights(load_role_weights(checkpoint, name), seed)
-
-
-def test_sharded_weights_are_put_together_on_one_process(tmp_path, tiny_wan, recwarn):
-    state = {"model": make_tiny_transformer(seed=11).state_dict()}
-    dcp.save(state, checkpoint_id=tmp_path / "pytorch_model_fsdp_1", no_dist=True)
-    write_metadata(tmp_path, tiny_wan, sharded=True)
-    recwarn.clear()
-    assert_weights(load_role_weights(tmp_path, "critic"), 11)
+    # What one process wrote is a plain file of weights for any other program.
+    assert_weights(load_file(checkpoint / f"{name}-00000.safetensors"), seed)
     assert not recwarn.list
+
+
+def test_an_older_format_is_refused(checkpoint):
+    change_metadata(checkpoint, format=1, versions={"fv_distill": "0.0.9"})
+    message = r"has format 1; this version of fv_distill reads 2\..*the version that wrote it \(fv_distill 0\.0\.9\)"
+    with pytest.raises(ValueError, match=message):
+        load_role_weights(checkpoint, "student")
 
 
 @pytest.mark.parametrize(("options", "seed"), [({}, 12), ({"ema": False}, 10), ({"role": "critic"}, 11)])
@@ -106,14 +106,6 @@ def test_without_averaged_weights_the_latest_are_taken_and_it_is_said(checkpoint
     directory = convert(checkpoint, tmp_path / "out")
     assert_weights(load_file(directory / "transformer/diffusion_pytorch_model.safetensors"), 10)
     assert "no averaged weights" in capsys.readouterr().out
-
-
-def test_a_full_state_dict_of_fsdp_is_read(tmp_path, tiny_wan):
-    write_metadata(tmp_path, tiny_wan, sharded=True)
-    torch.save(make_tiny_transformer(seed=10).state_dict(), tmp_path / "pytorch_model_fsdp.bin")
-    torch.save(make_tiny_transformer(seed=11).state_dict(), tmp_path / "pytorch_model_fsdp_1.bin")
-    assert_weights(load_role_weights(tmp_path, "student"), 10)
-    assert_weights(load_role_weights(tmp_path, "critic"), 11)
 
 
 def test_a_config_tells_where_the_base_model_is_now(checkpoint, tiny_wan, tmp_path):

@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from fv_distill.config.instantiate import instantiate, resolve_target
 
 if TYPE_CHECKING:
@@ -44,11 +46,15 @@ class Callback:
         """The last step is done and saved."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What travels in checkpoints, as JSON values; tensors belong into prepared modules."""
+        """What travels in checkpoints, as JSON values; tensors belong into `networks`."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Networks of the callback's own that travel in checkpoints, by name; asked for after `on_train_start`."""
+        return {}
 
 
 class CallbackDict:
@@ -100,6 +106,20 @@ class CallbackDict:
     def state_dict(self) -> dict[str, Any]:
         """Every callback's state, by name."""
         return {name: callback.state_dict() for name, callback in self._callbacks.items()}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Every callback's networks, by their own names.
+
+        Raises:
+            ValueError: if two callbacks use a name.
+        """
+        networks: dict[str, nn.Module] = {}
+        for callback_name, callback in self._callbacks.items():
+            for name, network in callback.networks().items():
+                if name in networks:
+                    raise ValueError(f"callbacks.{callback_name}: another callback has a network named {name!r} too")
+                networks[name] = network
+        return networks
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Restore the callbacks that have a state; one that is new to the run starts fresh."""

@@ -49,7 +49,7 @@ class EMACallback(Callback):
         self.module = copy.deepcopy(trainer.models[self.role].transformer).requires_grad_(False).eval()
 
     def on_train_start(self, trainer: "Trainer") -> None:
-        """Shard the copy and register it for checkpoints."""
+        """Shard the copy."""
         assert self.module is not None
         self.module = prepare_averaged(trainer.accelerator, self.module)
 
@@ -84,6 +84,11 @@ class EMACallback(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back the update count."""
         self.num_updates = int(state["num_updates"])
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The average."""
+        assert self.module is not None
+        return {"ema": self.module}
 
     def _parameters(self) -> list[nn.Parameter]:
         assert self.module is not None

@@ -132,6 +132,7 @@ class CheckpointConfig(Section):
 
     every_steps: int = Field(500, ge=0, description="save every N steps; 0 saves at the end only")
     keep_last: int = Field(3, ge=1, description="older checkpoints are removed")
+    async_save: bool = Field(False, description="copy the state to host memory and write it while the training goes on")
     resume_from_checkpoint: str | None = Field(None, description="latest, or a checkpoint directory")
 
 

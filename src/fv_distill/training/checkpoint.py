@@ -1,25 +1,36 @@
 """Checkpoints: written beside their final name, renamed when complete, and resumed from exactly.
 
-A checkpoint is the folder `<output_dir>/checkpoints/step-00000100`: what accelerate's `save_state` writes, and
-`metadata.json` with everything else. All random numbers and the data order follow from the step, so neither is saved.
+A checkpoint is the folder `<output_dir>/checkpoints/step-00000100`; `export/checkpoint_weights.py` says what is in it.
+All random numbers and the data order follow from the step, so neither is saved.
 """
 
 import json
-import os
 import re
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
+
 from fv_distill.config.load import dump_run_config
-from fv_distill.export.checkpoint_weights import CHECKPOINT_FORMAT, read_checkpoint_metadata
+from fv_distill.export.checkpoint_weights import (
+    CHECKPOINT_FORMAT,
+    METADATA_FILE,
+    StoredTensor,
+    read_checkpoint_metadata,
+    read_stored_tensors,
+)
 from fv_distill.models.base import CausalModelBase
+
+from .checkpoint_save import PendingSave, reasons, start_save
+from .checkpoint_state import network_tensors, optimizer_facts, optimizer_tensors, restore_optimizer
+from .checkpoint_storage import INCOMPLETE, ChunkReader, remove_leftovers
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-INCOMPLETE = ".incomplete"
 # A copy that a user made beside ours has another name and is left alone.
 _NAME = re.compile(r"step-\d+")
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "peft", "fv_distill")
@@ -34,7 +45,7 @@ def complete_checkpoints(output_dir: str | Path) -> list[Path]:
 
 def _is_complete(path: Path) -> bool:
     # The metadata is written last, but only the renaming tells that all processes were done.
-    return path.suffix != INCOMPLETE and (path / "metadata.json").is_file()
+    return path.suffix != INCOMPLETE and (path / METADATA_FILE).is_file()
 
 
 def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path:
@@ -60,6 +71,9 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path:
 class CheckpointManager:
     """Saves every N steps and at the end, keeps the last K, and resumes.
 
+    With `async_save` a save goes on beside the training. It becomes a checkpoint, on all processes alike, at the first
+    step end, or the next save, at which every process has written its part.
+
     Args:
         trainer: the run, whose `step`, roles and callbacks are saved.
     """
@@ -68,41 +82,77 @@ class CheckpointManager:
         self.trainer = trainer
         self.options = trainer.config.training.checkpoint
         self.folder = Path(trainer.config.training.output_dir) / "checkpoints"
+        self._pending: PendingSave | None = None
+        self._checked: set[str] = set()
 
     def save_if_due(self) -> None:
-        """Save at every `every_steps`-th step and at the last."""
+        """Save at every `every_steps`-th step and at the last; complete an earlier save that is written by now."""
+        self._check_optimizers()
+        if self._pending is not None and self._pending.is_written():
+            self.finish()
         step, every = self.trainer.step, self.options.every_steps
         if step == self.trainer.config.training.loop.max_train_steps or (every and step % every == 0):
             self.save()
 
     def save_unless_saved(self) -> Path:
-        """The checkpoint of the present step, which may have just been due."""
-        return path if (path := self._path()) == self.latest() else self.save()
+        """The complete checkpoint of the present step, which may have just been due."""
+        self.finish()
+        if self._path() != self.latest():
+            self.save()
+            self.finish()
+        return self._path()
 
     def save(self) -> Path:
-        """Write a checkpoint of the present step and drop those beyond `keep_last`."""
-        accelerator = self.trainer.accelerator
-        final = self._path()
-        partial = final.with_suffix(INCOMPLETE)
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            _write_durably(partial / "metadata.json", json.dumps(self._metadata(), indent=2))
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            self._rotate()
-        accelerator.wait_for_everyone()
-        return final
+        """Write a checkpoint of the present step and drop those beyond `keep_last`.
+
+        Returns:
+            Its folder, which is there on return unless `async_save` is on.
+
+        Raises:
+            CheckpointSaveError: on every process, if this save or an earlier one failed on any; older ones are intact.
+        """
+        self.finish()
+        trainer = self.trainer
+        if trainer.accelerator.is_main_process:
+            # A checkpoint must not be more durable than the lines up to it, which a resumed run doesn't write again.
+            trainer.log.sync()
+        self._pending = start_save(
+            trainer.accelerator,
+            self._path(),
+            self._tensors(),
+            metadata=json.dumps(self._metadata(), indent=2),
+            in_background=self.options.async_save,
+        )
+        if not self.options.async_save:
+            self.finish()
+        return self._path()
+
+    def finish(self) -> None:
+        """Wait for a save that is under way, if any, and complete it.
+
+        Raises:
+            CheckpointSaveError: on every process, if it failed on any; older checkpoints are intact.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.complete()
+            if self.trainer.accelerator.is_main_process:
+                self._rotate()
+            self.trainer.accelerator.wait_for_everyone()
+
+    def abandon(self) -> None:
+        """What can be done about a save under way when the run ends with an error: one process can complete it.
+
+        Several can't, as the others may not have failed, or not in the same step.
+        """
+        if self._pending is not None and self.trainer.accelerator.num_processes == 1:
+            self.finish()
 
     def resume_if_asked(self) -> None:
         """Load `resume_from_checkpoint` into networks, optimizers, callbacks and counters.
 
         Raises:
-            ValueError: if the checkpoint was written by a differently parallel run.
+            ValueError: if the checkpoint doesn't fit this run, or is damaged.
         """
         if self.options.resume_from_checkpoint is None:
             return
@@ -110,7 +160,11 @@ class CheckpointManager:
         path = find_checkpoint(self.options.resume_from_checkpoint, trainer.config.training.output_dir)
         metadata = read_checkpoint_metadata(path)
         self._check_compatible(path, metadata)
-        trainer.accelerator.load_state(str(path))
+        if trainer.accelerator.is_main_process:
+            # The run may have been killed between its last save and this.
+            remove_leftovers(self.folder)
+            self._rotate()
+        self._load(path, metadata)
         trainer.step = metadata["step"]
         for name, role in trainer.roles.items():
             role.updates = metadata["updates"][name]
@@ -125,21 +179,48 @@ class CheckpointManager:
     def _path(self) -> Path:
         return self.folder / f"step-{self.trainer.step:08d}"
 
+    def _networks(self) -> dict[str, nn.Module]:
+        roles = {name: role.model.transformer for name, role in self.trainer.roles.items()}
+        return roles | self.trainer.callbacks.networks()
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All groups of a checkpoint; the tensors are the run's own."""
+        groups = {name: network_tensors(module) for name, module in self._networks().items()}
+        for name, role in self.trainer.roles.items():
+            groups[_optimizer_group(name)] = optimizer_tensors(role.model.transformer, role.optimizer)
+        return groups
+
+    def _load(self, path: Path, metadata: dict[str, Any]) -> None:
+        stored = read_stored_tensors(path)
+        groups = {name: network_tensors(module) for name, module in self._networks().items()}
+        for name, tensors in groups.items():
+            _check_same_tensors(path, name, tensors, stored[name])
+        for name, role in self.trainer.roles.items():
+            group = _optimizer_group(name)
+            try:
+                groups[group] = restore_optimizer(
+                    role.model.transformer, role.optimizer, metadata["optimizers"][name], stored.get(group, {})
+                )
+            except ValueError as error:
+                raise ValueError(f"{path} doesn't fit this run's {name}: {error}") from error
+        try:
+            ChunkReader(path, stored).load_into(groups)
+        except torch.distributed.checkpoint.CheckpointException as error:
+            raise ValueError(f"{path} can't be read: {reasons(error)}") from error
+
+    def _check_optimizers(self) -> None:
+        """Find out after an optimizer's first step, and not at the first save, whether its state can be saved."""
+        for name, role in self.trainer.roles.items():
+            if name not in self._checked and role.updates > 0:
+                optimizer_tensors(role.model.transformer, role.optimizer)
+                optimizer_facts(role.model.transformer, role.optimizer)
+                self._checked.add(name)
+
     def _check_compatible(self, path: Path, metadata: dict[str, Any]) -> None:
-        sharded = self.trainer.accelerator.is_fsdp2
-        if metadata["sharded"] != sharded:
-            here, there = ("FSDP2", "replicated weights") if sharded else ("replicated weights", "FSDP2")
-            raise ValueError(f"{path} was saved with {there}, this run uses {here}; launch it the same way to resume")
-        if not sharded and (metadata["world_size"] > 1) != (self.trainer.accelerator.num_processes > 1):
-            raise ValueError(
-                f"{path} was saved by {metadata['world_size']} processes with replicated weights, this run has "
-                f"{self.trainer.accelerator.num_processes}; a run with replicated weights resumes on one process or on "
-                "several, as it was saved"
-            )
-        if metadata["models"] != self._model_names():
+        if sorted(metadata["models"]) != sorted(self._networks()):
             raise ValueError(
                 f"{path} holds the networks {', '.join(metadata['models'])}, this run has "
-                f"{', '.join(self._model_names())}; use the same method and callbacks to resume"
+                f"{', '.join(self._networks())}; use the same method and callbacks to resume"
             )
         if metadata["global_batch_size"] != self.trainer.plan.global_batch_size:
             raise ValueError(
@@ -147,9 +228,6 @@ class CheckpointManager:
                 f"{self.trainer.plan.global_batch_size} (train_batch_size x gradient_accumulation_steps x processes); "
                 "the data order would not continue"
             )
-
-    def _model_names(self) -> list[str]:
-        return [*self.trainer.roles, *(["ema"] if "ema" in self.trainer.callbacks else [])]
 
     def _metadata(self) -> dict[str, Any]:
         trainer = self.trainer
@@ -164,7 +242,10 @@ class CheckpointManager:
             "global_batch_size": trainer.plan.global_batch_size,
             "world_size": trainer.accelerator.num_processes,
             "sharded": trainer.accelerator.is_fsdp2,
-            "models": self._model_names(),
+            "models": list(self._networks()),
+            "optimizers": {
+                name: optimizer_facts(role.model.transformer, role.optimizer) for name, role in trainer.roles.items()
+            },
             "few_step": few_step,
             "causal": self._streaming(),
             "latent_shape": list(trainer.latent_shape),
@@ -184,7 +265,11 @@ class CheckpointManager:
     def _rotate(self) -> None:
         found = complete_checkpoints(self.folder.parent)
         for path in found[: max(0, len(found) - self.options.keep_last)]:
-            shutil.rmtree(path)
+            try:
+                # Under its own name it would be taken for complete until its metadata is gone.
+                shutil.rmtree(path.rename(path.with_suffix(INCOMPLETE)))
+            except OSError as error:
+                self.trainer.log.warn(f"checkpoint {path} can't be removed: {error}")
 
 
 def package_versions() -> dict[str, str]:
@@ -198,8 +283,19 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _optimizer_group(role: str) -> str:
+    return f"{role}.optimizer"
+
+
+def _check_same_tensors(path: Path, name: str, here: dict[str, Tensor], stored: dict[str, StoredTensor]) -> None:
+    """A tensor that is loaded into another type would be rounded, and one that isn't loaded would stay as it began."""
+    ours = {key: (tuple(value.shape), value.dtype) for key, value in here.items()}
+    theirs = {key: (entry.shape, entry.dtype) for key, entry in stored.items()}
+    different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    if different:
+        key = different[0]
+        described = [f"{w[1]} {list(w[0])}" if (w := side.get(key)) else "nothing" for side in (theirs, ours)]
+        raise ValueError(
+            f"{path} holds another network as {name}: {len(different)} of its tensors differ in name, shape or type, "
+            f"for instance {key}: {described[0]} there, {described[1]} here; keep models.{name} to resume"
+        )

@@ -42,7 +42,7 @@ def prepare_roles(
 ) -> dict[str, Role]:
     """Build optimizers and put every network of the method where it runs.
 
-    Trainable roles come first, in the method's order, which is the order in checkpoints.
+    Trainable roles come first, in the method's order.
     """
     roles = {}
     for name in method.roles:

@@ -28,6 +28,7 @@ from fv_distill.rng import derive_seed
 from fv_distill.rollouts.ode import STATES
 
 from .checkpoint import complete_checkpoints, find_checkpoint
+from .output_directory import check_output_directory
 from .sharding import make_accelerator
 from .tracking import CONFIG_FILE, METRICS_FILE
 from .trainer import Trainer
@@ -98,6 +99,7 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
 
     Raises:
         FileExistsError: if the directory holds another run.
+        ValueError: if it can't be written.
     """
     training = config.training
     _quieten_libraries()
@@ -113,6 +115,7 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
         if accelerator.is_main_process and training.overwrite and not _continues_its_own_run(config):
             _remove_run(Path(training.output_dir))
         accelerator.wait_for_everyone()
+        check_output_directory(accelerator, Path(training.output_dir))
     return accelerator
 
 

@@ -73,8 +73,7 @@ def _enable_fsdp2_on_cpu(accelerator: Accelerator) -> None:
 def prepare_trainable(accelerator: Accelerator, model: ModelBase, optimizer: Optimizer) -> Optimizer:
     """Put a trainable role's network and optimizer under the accelerator, replacing `model.transformer`.
 
-    Called once per role in checkpoint order: `save_state` pairs the i-th optimizer with the i-th model, and FSDP2 takes
-    exactly one model with its optimizer.
+    Called once per role: FSDP2 takes exactly one model with its optimizer.
     """
     _wrap_blocks_by_network(accelerator)
     model.transformer, optimizer = accelerator.prepare(model.transformer, optimizer)
@@ -83,10 +82,7 @@ def prepare_trainable(accelerator: Accelerator, model: ModelBase, optimizer: Opt
 
 
 def prepare_frozen(accelerator: Accelerator, model: ModelBase) -> None:
-    """Place or shard a network without an optimizer.
-
-    `accelerator.prepare_model` would register it and break the pairing of models with optimizers in checkpoints.
-    """
+    """Place or shard a network without an optimizer; `accelerator.prepare` refuses one under FSDP2."""
     if accelerator.is_fsdp2:
         _wrap_blocks_by_network(accelerator)
         model.transformer = fsdp2_prepare_model(accelerator, model.transformer)
@@ -96,7 +92,7 @@ def prepare_frozen(accelerator: Accelerator, model: ModelBase) -> None:
 
 
 def prepare_averaged(accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    """Place or shard an EMA copy and register it for checkpoints; has to come after all trainable roles."""
+    """Place or shard an EMA copy."""
     if accelerator.is_fsdp2:
         _wrap_blocks_by_network(accelerator)
         module = fsdp2_prepare_model(accelerator, module)

@@ -14,6 +14,8 @@ from fv_distill.config.load import dump_run_config
 from fv_distill.config.schema import RunConfig
 from fv_distill.console import console
 
+from .durable_files import replace_durably, sync
+
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "resolved_config.yaml"
 
@@ -42,7 +44,7 @@ class RunLog:
         """Open trackers and the progress bar; metrics beyond the resumed step are dropped."""
         if self.accelerator.is_main_process:
             self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / CONFIG_FILE).write_text(dump_run_config(self.config))
+            replace_durably(self.directory / CONFIG_FILE, dump_run_config(self.config))
             _keep_until(self.directory / METRICS_FILE, step)
         if self.options.trackers:
             flat = _flatten(self.config.model_dump(mode="json", by_alias=True)) | {"yaml": self.config.source_text}
@@ -72,11 +74,17 @@ class RunLog:
         if not self.accelerator.is_main_process:
             return
         values = {**metrics, **({"data/bad_rows": self._bad_rows} if self._bad_rows else {})}
-        with (self.directory / METRICS_FILE).open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        # One write without a buffer: a kill leaves a line whole or, at worst, the last one cut off, never two mixed.
+        with (self.directory / METRICS_FILE).open("ab", buffering=0) as file:
+            file.write((json.dumps({"step": step, **values}) + "\n").encode())
         if step % self.options.log_every_steps == 0:
             self.accelerator.log(values, step=step)
         self._show(step, metrics)
+
+    def sync(self) -> None:
+        """Put the metrics so far on the disk for good."""
+        if (path := self.directory / METRICS_FILE).is_file():
+            sync(path)
 
     def warn(self, message: str) -> None:
         """Print a warning on the main process."""
@@ -110,10 +118,19 @@ class RunLog:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines of later steps, which a resumed run will write again."""
+    """Drop the lines of later steps, which a resumed run will write again, and what a kill has left of a line."""
     if path.is_file():
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        # A crash of the machine can leave bytes that are no text.
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        replace_durably(path, "".join(line for line in lines if _is_whole(line) and json.loads(line)["step"] <= step))
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return line.endswith("\n")
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str | int | float | bool]:

@@ -82,6 +82,7 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: after `max_nonfinite_steps` steps in a row without a finite loss.
+            CheckpointSaveError: if a checkpoint can't be written.
         """
         loop = self.config.training.loop
         self.callbacks.call("on_train_start", self)
@@ -94,7 +95,11 @@ class Trainer:
                     if self.step < loop.max_train_steps and (signal_name := stop.agreed()):
                         self._stop_early(signal_name)
                         return
+                self.checkpoints.finish()
             self.callbacks.call("on_train_end", self)
+        except Exception:
+            self.checkpoints.abandon()
+            raise
         finally:
             self.log.finish()
 
@@ -201,6 +206,7 @@ class Trainer:
         if bad:
             self.log.warn(f"step {self.step}: {', '.join(f'{k}={v}' for k, v in bad.items())}; this update was skipped")
         if self._nonfinite_steps >= limit:
+            self.checkpoints.finish()
             raise NonFiniteLossError(
                 f"{', '.join(bad)} not finite for {limit} steps in a row, up to step {self.step}; "
                 f"the last good checkpoint is {self.checkpoints.latest() or 'none'}. "
