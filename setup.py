@@ -7,7 +7,8 @@ ROOT = Path(__file__).parent
 VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "src/fv_distill/__init__.py").read_text(encoding="utf-8"))[0]
 
 EXTRAS = {
-    "wandb": ["wandb>=0.19,<1"],
+    "wandb": ["wandb>=0.31,<1"],
+    "trackio": ["trackio>=0.43,<1"],
     "video": ["av>=18,<19"],
     "digits": ["scikit-learn>=1.9,<2", "matplotlib>=3.11,<4"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
@@ -15,6 +16,8 @@ EXTRAS = {
 EXTRAS["dev"] = [
     *EXTRAS["digits"],
     *EXTRAS["video"],
+    *EXTRAS["wandb"],
+    *EXTRAS["trackio"],
     "pytest>=9,<10",
     "ruff==0.17.6",
     "mypy==2.4.1",
@@ -33,7 +36,12 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"fv_distill": ["py.typed"]},
+    package_data={
+        "fv_distill": ["py.typed"],
+        "fv_distill.estimate": ["published_configs.json"],
+        "fv_distill.evaluation": ["templates/*"],
+        "fv_distill.report": ["templates/*"],
+    },
     # Ranges start at the release that the tests ran with, where older ones were not tried; torch has a wider one.
     install_requires=[
         "torch>=2.9,<2.15",
@@ -50,9 +58,11 @@ setup(
         "tensorboard>=2.21,<3",
         "pyarrow>=26",
         "numpy>=2.4,<3",
-        "pillow>=13",
+        # trackio refuses pillow 13.
+        "pillow>=12.3",
         "ftfy>=6.3,<7",
         "packaging>=24",
+        "jinja2>=3.1,<4",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["fv-distill = fv_distill.cli:main"]},

@@ -23,6 +23,12 @@ ALLOWED_PARTS = {
     "rollouts": {"schedules", "models.base", "models.conditioning", "models.kv_cache", "rng"},
     "models": {"schedules", "rng", "lora"},
     "methods": {"losses", "rollouts", "schedules", "rng", "models.base", "models.conditioning"},
+    # Written against the base classes; training/estimating.py puts a config's own classes in.
+    "estimate": {
+        *("methods.base", "methods.calls", "methods.options", "rollouts.ode", "rng", "console"),
+        *("models.base", "models.conditioning", "models.pretrained", "models.transformers.block_causal"),
+    },
+    "hardware": set(),
 }
 # Third parties that a part may use.
 ALLOWED_LIBRARIES = {"rng": {"torch"}, "schedules": {"torch"}, "losses": {"torch"}, "rollouts": {"torch"}}
@@ -32,6 +38,12 @@ FORBIDDEN = {
     "methods": {"accelerate", "yaml", "omegaconf", "torch.optim", "diffusers", "transformers", "datasets"},
     "data": {"accelerate", "fv_distill.methods", "fv_distill.training"},
     "export": {"accelerate", "fv_distill.methods"},
+    # Reads a directory, on any machine.
+    "report": {
+        *("torch", "diffusers", "transformers", "accelerate"),
+        *(f"fv_distill.{part}" for part in ("methods", "models", "training", "callbacks", "data", "export")),
+    },
+    "evaluation": {"accelerate", *(f"fv_distill.{part}" for part in ("methods", "training", "config", "callbacks"))},
     "config": {"accelerate", "torch", "fv_distill.methods", "fv_distill.models", "fv_distill.training"},
     "training": {"fv_distill.methods", "fv_distill.models"},
     "callbacks": {"fv_distill.methods", "fv_distill.models"},
@@ -46,8 +58,9 @@ PERMITTED = {
         "fv_distill.models.conditioning",
     },
     "callbacks": {"fv_distill.methods.base", "fv_distill.models.base", "fv_distill.models.conditioning"},
+    "evaluation": {"fv_distill.callbacks.video_files"},
 }
-NO_CONCRETE_MODEL = {"data", "export"}
+NO_CONCRETE_MODEL = {"data", "export", "evaluation"}
 MODEL_BASES = {"fv_distill.models.base", "fv_distill.models.conditioning", "fv_distill.models.pretrained"}
 FAMILIES = {"wan", "wan_causal", "hunyuan", "cosmos", "longcat", "matrixgame2"}
 

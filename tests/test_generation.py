@@ -115,6 +115,23 @@ def test_a_longer_video_begins_like_a_shorter_one(streamer):
     assert not np.array_equal(streamer.generate(PROMPT, num_frames=9, seed=1), short)
 
 
+def test_noise_that_is_given_starts_the_first_chunks(streamer):
+    shape = (4, 4, 4, 4)
+    starts = [torch.randn(1, 4, 1, 4, 4, generator=generator_for(3, "generate", "start", chunk)) for chunk in range(4)]
+    own = torch.cat(list(streamer.stream_latents(PROMPT, shape, seed=3)), dim=2)
+    given = torch.cat(list(streamer.stream_latents(PROMPT, shape, seed=3, noise=torch.cat(starts[:2], dim=2))), dim=2)
+    assert torch.equal(given, own), "its own noise, given for the first half"
+    other = torch.cat(list(streamer.stream_latents(PROMPT, shape, seed=3, noise=-starts[0])), dim=2)
+    assert not torch.equal(other[:, :, 0], own[:, :, 0])
+    noise = torch.cat(starts[:3], dim=2)
+    assert np.array_equal(
+        streamer.generate(PROMPT, num_frames=9, seed=3, noise=noise), streamer.generate(PROMPT, seed=3)
+    )
+    for wrong in ((1, 4, 5, 4, 4), (1, 3, 1, 4, 4), (4, 1, 4, 4), (2, 4, 1, 4, 4)):
+        with pytest.raises(ValueError, match=r"noise has shape .* must be \[1, 4, t, 4, 4\]"):
+            next(streamer.stream_latents(PROMPT, shape, noise=torch.zeros(wrong)))
+
+
 def test_with_a_window_the_cache_does_not_grow(streamer):
     sizes = [streamer.model.new_cache(1, (4, count, 4, 4), rolling=True).memory_bytes() for count in (6, 60)]
     assert sizes[0] == sizes[1]

@@ -36,12 +36,15 @@ def test_import_is_quick():
 
 
 def test_import_needs_nothing_heavy():
-    code = "import fv_distill\nfrom fv_distill import callbacks, config, data, export, losses, methods, models\n"
-    assert heavy_modules_after(code + "from fv_distill import rollouts, schedules, training\n") == "HEAVY []"
+    code = "import fv_distill\nfrom fv_distill import callbacks, config, data, estimate, evaluation, export, losses\n"
+    code += "from fv_distill import methods, models, report, rollouts, schedules, training\n"
+    assert heavy_modules_after(code) == "HEAVY []"
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["train"], ["export"], ["convert-wan"], ["demo"]], ids=lambda words: " ".join(words) or "fv-distill"
+    "words",
+    [[], ["train"], ["export"], ["convert-wan"], ["estimate"], ["evaluate"], ["report"], ["demo"]],
+    ids=lambda words: " ".join(words) or "fv-distill",
 )
 def test_help_is_quick_and_needs_nothing_heavy(words):
     assert heavy_modules_after(f"from fv_distill.cli import main\nmain({[*words, '--help']!r})") == "HEAVY []"

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = attach(
         "callbacks": [],
         "config": [],
         "data": [],
+        "evaluation": [],
         "export": [],
         "losses": [],
         "methods": [],

@@ -175,6 +175,56 @@ def generate(words: Sequence[str]) -> None:
         generate_video(args)
 
 
+def report(words: Sequence[str]) -> None:
+    """Make one HTML page of a run, finished or not: curves, losses by noise level, validation, config."""
+    parser = argparse.ArgumentParser(prog="fv-distill report", description=report.__doc__, allow_abbrev=False)
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the training.output_dir of a run")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the page to write (default: report.html in RUN_DIR)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    args = parser.parse_args(words)
+    with exit_on_user_error(debug=args.debug):
+        from .report.page import write_report
+
+        path = write_report(args.run_dir, args.output)
+    console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def estimate(words: Sequence[str]) -> None:
+    """Say what a run will take before it is launched: parameters, memory, network calls, arithmetic, time, disk."""
+    parser = argparse.ArgumentParser(
+        prog="fv-distill estimate",
+        description=estimate.__doc__,
+        epilog="other options are dotted overrides of the config, such as --training.data.train_batch_size 2",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML")
+    parser.add_argument("--accelerate-config", metavar="FILE", help="accelerate launch's YAML (default: one GPU)")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="instead of accelerate's YAML")
+    parser.add_argument("--device", default="H100", metavar="NAME", help="what each process runs on (default: H100)")
+    parser.add_argument(
+        "--device-memory", type=float, default=80, metavar="GIB", help="of each device, in GiB (default: 80)"
+    )
+    parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the device, instead of the known rate")
+    parser.add_argument("--mfu", type=float, default=0.4, help="model FLOP utilisation of the run (default: 0.4)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    args, overrides = parser.parse_known_args(words)
+    with exit_on_user_error(debug=args.debug):
+        from .config.load import load_run_config
+        from .training.estimating import run_estimate
+
+        run_estimate(load_run_config(args.config, overrides), args)
+
+
+def evaluate(words: Sequence[str]) -> None:
+    """Compare a student with its teacher, or with real clips, on the same prompts and the same noise."""
+    from .evaluation.command import run_command
+
+    run_command(words, description=evaluate.__doc__)
+
+
 def doctor(words: Sequence[str]) -> None:
     """Look at versions, devices, attention, disk and the start of several processes; status 1 if something is wrong."""
     parser = argparse.ArgumentParser(prog="fv-distill doctor", description=doctor.__doc__, allow_abbrev=False)
@@ -233,6 +283,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "export": (export, "make a diffusers directory of a checkpoint"),
     "convert-wan": (convert_wan, "turn original Wan or Self-Forcing weights into a diffusers directory, or back"),
     "generate": (generate, "make a video with a model, streamed where it is causal"),
+    "report": (report, "make one HTML page of a run"),
+    "estimate": (estimate, "say what a run will take: memory, network calls, time"),
+    "evaluate": (evaluate, "compare a student with its teacher: cost, distances, videos, a page"),
     "doctor": (doctor, "look at this machine: versions, devices, disk, several processes"),
     "demo": (demo, "distil and measure a student of handwritten digits"),
 }

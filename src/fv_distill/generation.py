@@ -125,6 +125,7 @@ class VideoStreamer:
         width: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str = "",
+        noise: Tensor | None = None,
     ) -> Iterator[np.ndarray]:
         """Frames as they come, uint8 `[f, H, W, 3]`, one array per chunk.
 
@@ -138,16 +139,17 @@ class VideoStreamer:
             guidance_scale: `uncond + scale (cond - uncond)`, at the price of a second pass and a second cache; None is
                 1, none, for a distilled student and 5 for others.
             negative_prompt: what the unconditional pass reads.
+            noise: where the first chunks start, see `stream_latents`.
 
         Raises:
-            ValueError: for a size that does not divide into the network's patches.
+            ValueError: for a size that does not divide into the network's patches, or noise of another shape.
         """
-        shape, wanted = self._plan(num_frames, height, width)
+        shape, wanted = self.plan(num_frames=num_frames, height=height, width=width)
         decode = self.model.streaming_decoder()
         done = 0
         options: dict[str, Any] = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-        for chunk in self.stream_latents(prompt, shape, seed=seed, **options):
-            frames = _to_uint8(decode(chunk))[: wanted - done]
+        for chunk in self.stream_latents(prompt, shape, seed=seed, noise=noise, **options):
+            frames = to_uint8(decode(chunk))[: wanted - done]
             done += len(frames)
             if len(frames):
                 yield frames
@@ -164,8 +166,22 @@ class VideoStreamer:
         seed: int = 0,
         guidance_scale: float | None = None,
         negative_prompt: str = "",
+        noise: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """Normalised chunks `[1, C, chunk_size, H, W]`; options as in `stream`."""
+        """Normalised chunks `[1, C, chunk_size, H, W]`; options as in `stream`.
+
+        Args:
+            prompt: what to show.
+            latent_shape: `[C, T, H, W]`, T in whole chunks; see `plan`.
+            seed: of all noise that is not given.
+            guidance_scale: see `stream`.
+            negative_prompt: see `stream`.
+            noise: where the first chunks start, `[1, C, t, H, W]` with t in whole chunks, for instance another model's
+                starting noise; later chunks and the noise added between steps follow from `seed`.
+
+        Raises:
+            ValueError: for noise of another shape.
+        """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return stream_clip(
             self.model,
@@ -177,10 +193,13 @@ class VideoStreamer:
             key=(seed, "generate"),
             unconditional=None if scale == 1 else self.model.prompt_conditioning(negative_prompt),
             guidance_scale=scale,
+            noise=noise,
         )
 
-    def _plan(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[tuple[int, ...], int]:
-        """The latents to generate, in whole chunks, and the video frames to hand out."""
+    def plan(
+        self, *, num_frames: int | None = None, height: int | None = None, width: int | None = None
+    ) -> tuple[tuple[int, ...], int]:
+        """The latents `[C, T, H, W]` to generate, in whole chunks, and the video frames to hand out; see `stream`."""
         channels, frames, rows, columns = self.latent_shape
         for name, size in (("height", height), ("width", width)):
             if size is not None and size % self.spatial_factor:
@@ -207,6 +226,7 @@ def stream_clip(
     key: Sequence[int | str],
     unconditional: Conditioning | None = None,
     guidance_scale: float = 1.0,
+    noise: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """One clip's normalised chunks `[1, C, chunk_size, H, W]`, with noise from a generator of each chunk's own.
 
@@ -220,12 +240,23 @@ def stream_clip(
         key: what the noise is derived from.
         unconditional: of batch size 1, needed for a scale other than 1.
         guidance_scale: 1 makes no unconditional pass.
+        noise: where the first chunks start, `[1, C, t, H, W]` with t in whole chunks; the others' is drawn.
+
+    Raises:
+        ValueError: for noise of another shape.
     """
     channels, frames, height, width = latent_shape
-    shape = (1, channels, model.chunk_size, height, width)
+    size = model.chunk_size
+    shape = (1, channels, size, height, width)
+    if noise is not None:
+        _check_noise(noise, latent_shape, size)
+    given = [] if noise is None else noise.float().split(size, dim=2)
 
-    def noise(*parts: int | str) -> Tensor:
+    def draw(*parts: int | str) -> Tensor:
         return torch.randn(shape, generator=generator_for(*key, *parts)).to(model.device)
+
+    def start(chunk: int) -> Tensor:
+        return given[chunk].to(model.device) if chunk < len(given) else draw("start", chunk)
 
     def new_cache() -> KVCache:
         return model.new_cache(1, latent_shape, rolling=model.local_window is not None)
@@ -236,17 +267,28 @@ def stream_clip(
         guidance = StreamingGuidance(unconditional, guidance_scale, new_cache())
     return stream_chunks(
         model,
-        lambda chunk: noise("start", chunk),
+        start,
         conditioning,
         sigmas,
-        num_chunks=frames // model.chunk_size,
+        num_chunks=frames // size,
         cache=new_cache(),
         sample_type=sample_type,
-        fresh_noise=lambda chunk, step: noise("fresh", chunk, step),
+        fresh_noise=lambda chunk, step: draw("fresh", chunk, step),
         context_noise=context_noise,
-        context_fresh_noise=lambda chunk: noise("context", chunk),
+        context_fresh_noise=lambda chunk: draw("context", chunk),
         guidance=guidance,
     )
+
+
+def _check_noise(noise: Tensor, latent_shape: Sequence[int], chunk_size: int) -> None:
+    channels, frames, height, width = latent_shape
+    found = tuple(noise.shape)
+    fits = len(found) == 5 and found == (1, channels, found[2], height, width)
+    if not fits or found[2] > frames or found[2] % chunk_size:
+        raise ValueError(
+            f"noise has shape {found}; it must be [1, {channels}, t, {height}, {width}] with t a multiple of "
+            f"chunk_size={chunk_size} up to {frames}"
+        )
 
 
 def even_sigmas(steps: int, flow_shift: float) -> tuple[float, ...]:
@@ -278,6 +320,6 @@ def _adapter(name: str) -> type[Any]:
     return kind
 
 
-def _to_uint8(video: Tensor) -> np.ndarray:
+def to_uint8(video: Tensor) -> np.ndarray:
     """`[1, 3, f, H, W]` in [0, 1] to `[f, H, W, 3]`."""
     return (video[0].permute(1, 2, 3, 0) * 255).round().to(torch.uint8).cpu().numpy()

@@ -16,6 +16,7 @@ from fv_distill.callbacks import Callback, ValidationCallback
 from fv_distill.callbacks.validation import read_prompts
 from fv_distill.config.schema import RunConfig
 from fv_distill.models import WanModel
+from fv_distill.training.context_parallel import ContextGroups
 
 PROMPTS = ["a handwritten one moving left", "a handwritten two moving up", "three down"]
 
@@ -61,8 +62,6 @@ def fake_trainer(tiny_wan, *, rank=0, num_processes=1, sigmas=(1.0, 0.5), callba
     """What a callback sees of a trainer, with a student of random weights."""
     student = WanModel(make_tiny_transformer(seed=7), directory=tiny_wan, flow_shift=3.0, trainable=True)
     accelerator = SimpleNamespace(
-        num_processes=num_processes,
-        process_index=rank,
         is_main_process=rank == 0,
         device=torch.device("cpu"),
         mixed_precision="no",
@@ -73,6 +72,7 @@ def fake_trainer(tiny_wan, *, rank=0, num_processes=1, sigmas=(1.0, 0.5), callba
     )
     return SimpleNamespace(
         accelerator=accelerator,
+        groups=ContextGroups(1, num_processes, rank),
         method=SimpleNamespace(few_step_sigmas=sigmas, sample_type="sde"),
         models={"student": student},
         config=SimpleNamespace(training=section),
@@ -96,7 +96,8 @@ def test_a_run_leaves_videos_a_sheet_and_tracker_entries(tiny_wan, tiny_rows, tm
     )
     trained(config)
     folder = tmp_path / "run" / "validation"
-    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in folder.iterdir()) == ["prompts.json", "step-00000002", "step-00000003"]
+    assert json.loads((folder / "prompts.json").read_text()) == PROMPTS
     files = sorted(path.name for path in (folder / "step-00000002").iterdir())
     assert files == [*(f"{index:03d}_2-steps.mp4" for index in range(3)), "contact_sheet_2-steps.png"]
     with Image.open(folder / "step-00000002" / "contact_sheet_2-steps.png") as sheet:

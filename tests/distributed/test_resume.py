@@ -7,6 +7,9 @@ import sys
 
 import pytest
 import resume_jobs
+import torch
+from diffusers import WanPipeline
+from safetensors.torch import load_file
 from tiny_runs import (
     assert_same_state,
     assert_same_tensors,
@@ -20,6 +23,8 @@ from tiny_runs import (
     train,
     write_config,
 )
+
+from fv_distill.export import load_role_weights
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -177,3 +182,15 @@ def test_all_processes_stop_where_one_can_not_write(runs, name):
     assert [path.name for path in (runs / name / "checkpoints").iterdir()] == ["step-00000002"]
     pair = (checkpoint(runs / run, 2) for run in (name, f"adam-{name.removeprefix('full-').replace('async', 'ddp')}"))
     assert_same_state(*pair, num_networks=3, num_optimizers=2)
+
+
+def test_a_sharded_checkpoint_becomes_a_stock_pipeline(runs, tmp_path):
+    saved = checkpoint(runs / "adam-fsdp2", 4)
+    words = ["export", "--checkpoint", saved, "--output-dir", tmp_path / "student"]
+    subprocess.run([sys.executable, "-m", "fv_distill", *map(str, words)], check=True, capture_output=True)
+    exported = load_file(tmp_path / "student/transformer/diffusion_pytorch_model.safetensors")
+    assert_same_tensors(exported, load_role_weights(saved, "ema"))
+    pipeline = WanPipeline.from_pretrained(tmp_path / "student")
+    call = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 8}
+    frames = pipeline("a digit", num_inference_steps=2, guidance_scale=1.0, output_type="pt", **call).frames
+    assert frames.shape == (1, 9, 3, 32, 32) and torch.isfinite(frames).all()

@@ -113,20 +113,23 @@ def test_accelerate_reads_its_configs(path):
     if config.fsdp_config:
         assert config.fsdp_config["fsdp_version"] == 2
         assert config.fsdp_config["fsdp_activation_checkpointing"] is False
+        assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
+        assert config.fsdp_config.get("fsdp_offload_params", False) == ("offload" in path.stem)
 
 
-def test_the_sizes_of_the_two_level_mesh_reach_accelerate(monkeypatch):
+@pytest.mark.parametrize("name", ["hsdp_multinode", "cpu_4proc_hsdp"])
+def test_the_sizes_of_the_two_level_mesh_reach_accelerate(monkeypatch, name):
     """The launcher hands a config's keys on by name, so a misspelt one would be lost without a word."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils import ParallelismConfig
     from accelerate.utils.launch import prepare_extend_env_parallelism_config
 
-    path = ROOT / "configs/accelerate/hsdp_multinode.yaml"
+    path = ROOT / f"configs/accelerate/{name}.yaml"
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "script.py"]))
     assert args.use_fsdp and args.use_parallelism_config and args.fsdp_version == 2
     environment = prepare_extend_env_parallelism_config(args, {})
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     mesh = ParallelismConfig()
-    assert (mesh.dp_replicate_size, mesh.dp_shard_size) == (2, 8)
+    assert (mesh.dp_replicate_size, mesh.dp_shard_size) == (2, 8 if name == "hsdp_multinode" else 2)
     assert mesh.total_size == yaml.safe_load(path.read_text())["num_processes"]

@@ -13,6 +13,7 @@ from tiny_runs import (
     finetune_config,
     metadata,
     metric_lines,
+    sigma_lines,
     train,
 )
 
@@ -76,6 +77,7 @@ def test_a_run_that_was_cut_off_resumes_exactly(whole, tmp_path, monkeypatch):
     assert [path.name for path in complete_checkpoints(output_dir)] == ["step-00000002"]
     train(whole, overrides | {"callbacks.cut.at": 0} | LATEST)
     assert metric_lines(output_dir) == metric_lines(reference)
+    assert sigma_lines(output_dir) == sigma_lines(reference) and len(sigma_lines(reference)) == 2
     assert_same_state(checkpoint(output_dir, 4), checkpoint(reference, 4), num_networks=3, num_optimizers=2)
     assert metadata(checkpoint(output_dir, 4))["updates"] == {"student": 2, "critic": 4}
     assert metadata(checkpoint(output_dir, 4))["callbacks"] == {
@@ -98,14 +100,20 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(finished, tmp_path):
     straight = train(finished, {"training.loop.max_train_steps": 3, "training.output_dir": str(tmp_path / "straight")})
     resumed = output_dir_of(finished)
     assert metric_lines(resumed) == metric_lines(straight)
+    assert sigma_lines(resumed) == sigma_lines(straight) and len(sigma_lines(straight)) == 1
     assert_same_state(checkpoint(resumed, 3), checkpoint(straight, 3), num_networks=1, num_optimizers=1)
 
 
 def test_resuming_a_finished_run_changes_nothing(finished):
     output_dir = output_dir_of(finished)
-    before = metric_lines(output_dir), (checkpoint(output_dir, 2) / "metadata.json").stat().st_mtime_ns
+
+    def state():
+        modified = (checkpoint(output_dir, 2) / "metadata.json").stat().st_mtime_ns
+        return metric_lines(output_dir), sigma_lines(output_dir), modified
+
+    before = state()
     train(finished, {"training.loop.max_train_steps": 2} | LATEST)
-    assert before == (metric_lines(output_dir), (checkpoint(output_dir, 2) / "metadata.json").stat().st_mtime_ns)
+    assert state() == before
 
 
 def test_the_last_ones_are_kept(tiny_wan, tiny_rows, tmp_path):

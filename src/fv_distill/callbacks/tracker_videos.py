@@ -1,16 +1,18 @@
 """Videos in trackers: accelerate's own `log` takes numbers only."""
 
 import io
+import tempfile
 from typing import TYPE_CHECKING
 
 import numpy as np
+from accelerate.tracking import GeneralTracker
 
 from .video_files import encode_gif, enlarge
 
 if TYPE_CHECKING:
     from fv_distill.training.trainer import Trainer
 
-TRACKERS_WITH_VIDEOS = {"tensorboard", "wandb"}
+TRACKERS_WITH_VIDEOS = {"tensorboard", "trackio", "wandb"}
 
 
 def log_videos(trainer: "Trainer", video: np.ndarray, sheet: np.ndarray, *, suffix: str, fps: float) -> None:
@@ -23,7 +25,8 @@ def log_videos(trainer: "Trainer", video: np.ndarray, sheet: np.ndarray, *, suff
         suffix: of the names.
         fps: of the video.
     """
-    # A GIF plays in the browser; both trackers would need moviepy to encode frames themselves.
+    # A GIF plays in the browser. To encode frames tensorboard and wandb would need moviepy, without which the
+    # former drops a video with a mere printed line, and trackio would need ffmpeg.
     gif = encode_gif(video, fps=fps)
     for tracker in trainer.accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -42,3 +45,18 @@ def log_videos(trainer: "Trainer", video: np.ndarray, sheet: np.ndarray, *, suff
                 f"validation/sheet_{suffix}": wandb.Image(sheet),
             }
             tracker.log(values, step=trainer.step)
+        elif tracker.name == "trackio":
+            _log_to_trackio(tracker, gif, sheet, suffix=suffix, step=trainer.step)
+
+
+def _log_to_trackio(tracker: GeneralTracker, gif: bytes, sheet: np.ndarray, *, suffix: str, step: int) -> None:
+    import trackio
+
+    # It takes an encoded video as a file only, which it copies.
+    with tempfile.NamedTemporaryFile(suffix=".gif") as file:
+        file.write(gif)
+        file.flush()
+        video = trackio.Video(file.name)
+        tracker.log(
+            {f"validation/video_{suffix}": video, f"validation/sheet_{suffix}": trackio.Image(sheet)}, step=step
+        )

@@ -22,6 +22,7 @@ from fv_distill.export.scheduler import few_step_scheduler
 from fv_distill.generation import DEFAULT_GUIDANCE, even_sigmas, stream_clip
 from fv_distill.models.base import CausalModelBase
 from fv_distill.models.conditioning import Conditioning
+from fv_distill.prompts import read_prompts
 from fv_distill.rng import derive_seed, generator_for
 from fv_distill.training.sharding import reshard, unwrap
 
@@ -39,6 +40,8 @@ _SHEET_FRAMES = 8
 # Trackers get the first clips side by side, with at most this many frames.
 _LOGGED_CLIPS = 4
 _LOGGED_FRAMES = 48
+
+PROMPTS_FILE = "prompts.json"
 
 Clip = tuple[int, np.ndarray]
 """Index of the prompt, uint8 frames `[F, H, W, 3]`."""
@@ -89,7 +92,7 @@ class ValidationCallback(Callback):
             raise ValueError(f"callbacks.validation.every_steps={every_steps} must be at least 1")
         if not sampling_steps or min(sampling_steps) < 1:
             raise ValueError(f"callbacks.validation.sampling_steps={list(sampling_steps)} must list counts from 1 up")
-        self.prompts = read_prompts(Path(dataset_file))
+        self.prompts = read_prompts(Path(dataset_file), name="callbacks.validation.dataset_file")
         self.pipeline_class = resolve_target(pipeline_target)
         self._accepted = _accepted_arguments(self.pipeline_class, pipeline_target, pipeline_kwargs)
         self.every_steps = every_steps
@@ -178,12 +181,13 @@ class ValidationCallback(Callback):
 
     def _share(self, trainer: "Trainer", make: Callable[[int], np.ndarray]) -> list[Clip]:
         """This process's share of the clips; `make` gives the prompt's at an index, frames in [0, 1]."""
-        count, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        # Processes that share a clip's tokens make it together.
+        count, rank = trainer.groups.num_groups, trainer.groups.group
         clips = []
         # A sharded network has to be called equally often everywhere: short shares repeat a prompt and drop the clip.
         for start in range(0, len(self.prompts), count):
             frames = make(min(start + rank, len(self.prompts) - 1))
-            if start + rank < len(self.prompts):
+            if start + rank < len(self.prompts) and trainer.groups.is_first:
                 frames = np.clip(np.nan_to_num(frames), 0, 1)
                 clips.append((start + rank, (frames * 255).round().astype(np.uint8)))
         return clips
@@ -253,6 +257,8 @@ class ValidationCallback(Callback):
             rows = [preview(frames, max_frames=_SHEET_FRAMES) for _, frames in shown]
             sheet = contact_sheet(rows, [self.prompts[index] for index, _ in shown])
             sheet.save(folder / f"contact_sheet_{steps}-steps.png")
+            # The prompt file may change or move; whoever looks at the clips later needs to know what they show.
+            (self.output_dir / PROMPTS_FILE).write_text(json.dumps(self.prompts, indent=1, ensure_ascii=False))
             strip = np.concatenate([frames for _, frames in shown[:_LOGGED_CLIPS]], axis=2)
             log_videos(trainer, strip, np.asarray(sheet), suffix=f"{steps}_steps", fps=self.fps)
 
@@ -264,40 +270,6 @@ class ValidationCallback(Callback):
                 assert isinstance(ema, EMACallback)
                 stack.enter_context(ema.ema_context(trainer.models["student"].transformer))
             yield
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a .txt, .json or .jsonl file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: for another kind of file, a row without a caption, or a file without prompts.
-    """
-    where = f"callbacks.validation.dataset_file={str(path)!r}"
-    if not path.is_file():
-        raise FileNotFoundError(f"{where}: no such file")
-    if path.suffix not in (".txt", ".json", ".jsonl"):
-        raise ValueError(f"{where} must be a .txt, .json or .jsonl file")
-    text = path.read_text(encoding="utf-8")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    try:
-        if path.suffix == ".json":
-            rows = json.loads(text)
-            rows = rows["data"] if isinstance(rows, dict) and "data" in rows else rows
-        else:
-            rows = lines if path.suffix == ".txt" else [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no valid JSON: {error}") from error
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{where} holds no prompts; write one a line, or a JSON list")
-    return [_prompt(row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
-
-
-def _prompt(row: Any, where: str) -> str:
-    prompt = (row.get("caption") or row.get("prompt")) if isinstance(row, dict) else row
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{where}: expected a text, or a mapping with a `caption` or a `prompt`, not {row!r:.80}")
-    return prompt
 
 
 def _accepted_arguments(pipeline_class: Any, target: str, given: Mapping[str, Any]) -> set[str] | None:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 ExportFormat = Literal["diffusers", "lora", "comfyui", "merged", "original"]
 Scheduler = Literal["constant", "linear", "cosine", "polynomial"]
+Placement = Literal["auto", "replicated", "offloaded"]
 
 
 class ConfigError(ValueError):
@@ -54,6 +55,11 @@ class ModelConfig(OpenSection):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the weights; auto is float32 for trainable roles and the compute type for frozen ones"
     )
+    placement: Placement = Field(
+        "auto",
+        description="where a frozen role's weights are: auto, sharded if the launch shards and else whole; replicated, "
+        "whole on every process; offloaded, in host memory between calls",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     attention_backend: str | None = Field(None, description="a diffusers attention backend, for instance flash")
     negative_prompt: str = Field("", description="what guidance's unconditional pass reads")
@@ -61,6 +67,15 @@ class ModelConfig(OpenSection):
         None, description="the frozen role whose network this role's LoRA adapter works on, instead of a copy"
     )
     lora: LoraConfig = Field(default_factory=LoraConfig)
+
+    @model_validator(mode="after")
+    def _placement_is_for_frozen_roles(self) -> "ModelConfig":
+        if self.trainable and self.placement != "auto":
+            raise ValueError(
+                f"placement={self.placement} is for frozen roles, and this one is trainable; remove the key. Trained "
+                "networks are where the launch puts them (fsdp_offload_params in accelerate's config offloads them)"
+            )
+        return self
 
 
 class MethodConfig(OpenSection):
@@ -79,6 +94,9 @@ class DistributedConfig(Section):
 
     mixed_precision: Literal["no", "bf16"] | None = Field(
         None, description="no or bf16; null takes what `accelerate launch` says"
+    )
+    context_parallel_degree: int = Field(
+        1, ge=1, description="processes that share the tokens of each clip, for clips too long for one"
     )
 
 
@@ -139,10 +157,15 @@ class CheckpointConfig(Section):
 class TrackerConfig(Section):
     """Where metrics go beside metrics.jsonl."""
 
-    trackers: list[str] = Field(["tensorboard"], description="accelerate trackers: tensorboard, wandb, ...")
+    trackers: list[str] = Field(
+        ["tensorboard"], description="accelerate trackers: tensorboard, wandb, trackio, ...; [] for none"
+    )
     project_name: str = Field("fv_distill", description="the trackers' project")
-    run_name: str | None = Field(None, description="the run's name in wandb")
+    run_name: str | None = Field(None, description="the run's name in wandb and trackio")
     log_every_steps: int = Field(1, ge=1, description="log to trackers every N steps")
+    sigma_losses_every_steps: int = Field(
+        50, ge=0, description="average losses by noise level over N steps; 0 leaves them out"
+    )
 
 
 class ModelDefaults(Section):

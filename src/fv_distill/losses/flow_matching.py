@@ -1,5 +1,6 @@
 """Flow matching: regression of the velocity (Lipman et al. 2023)."""
 
+import torch
 from torch import Tensor
 
 
@@ -24,6 +25,22 @@ def flow_matching_loss(velocity: Tensor, target: Tensor, *, weight: Tensor | Non
         return (_checked(weight, per_frame) * per_frame).mean()
     per_sample = error.flatten(1).mean(dim=1)
     return (_checked(weight, per_sample) * per_sample).mean()
+
+
+@torch.no_grad()
+def errors_by_sigma(velocity: Tensor, target: Tensor, sigma: Tensor) -> Tensor:
+    """The unweighted mean squared error behind each noise level, fp32, in the shape of `sigma`: `[B]` or `[B, T]`.
+
+    Args:
+        velocity: the network's output `[B, C, T, H, W]`, or `[B, ...]` where `sigma` has one level per sample.
+        target: `eps - x0`, same shape.
+        sigma: the noise levels.
+    """
+    error = (velocity.detach().float() - target.float()).square()
+    per_level = error.mean(dim=(1, 3, 4)) if sigma.ndim == 2 else error.flatten(1).mean(dim=1)
+    if per_level.shape != sigma.shape:
+        raise ValueError(f"sigma has shape {tuple(sigma.shape)}, expected {tuple(per_level.shape)}")
+    return per_level
 
 
 def _checked(weight: Tensor, error: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from fv_distill._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "base": ["LossTerm", "TrainingMethod"],
+        "base": ["LossTerm", "SigmaErrors", "TrainingMethod"],
+        "calls": ["NetworkCall"],
         "dfsft": ["DiffusionForcingSFTMethod"],
         "dmd2": ["DMD2Method"],
         "finetune": ["FineTuneMethod"],

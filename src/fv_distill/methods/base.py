@@ -10,15 +10,31 @@ from torch import Tensor
 from fv_distill.models.base import ModelBase
 from fv_distill.rng import SampleRng
 
+from .calls import NetworkCall
 from .options import MethodOptions
 
 
 @dataclass(frozen=True)
+class SigmaErrors:
+    """Unweighted errors and the noise levels they were made at, detached and of one shape, `[B]` or `[B, T]`."""
+
+    sigma: Tensor
+    error: Tensor
+
+
+@dataclass(frozen=True)
 class LossTerm:
-    """One scalar to back-propagate, with detached scalars to log that stay on the device until then."""
+    """One scalar to back-propagate, with what is to be logged, which stays on the device until then.
+
+    Args:
+        loss: the scalar.
+        metrics: detached scalars, by name.
+        by_sigma: errors that are averaged per noise level, by the name of the role whose errors they are.
+    """
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    by_sigma: Mapping[str, SigmaErrors] = field(default_factory=dict)
 
 
 class TrainingMethod(ABC):
@@ -70,6 +86,23 @@ class TrainingMethod(ABC):
     def optimizer_overrides(self, role: str) -> dict[str, Any]:
         """Entries of `training.optimizer` that differ for this role."""
         return {}
+
+    @property
+    def update_cycle(self) -> int:
+        """After how many steps `updates` and `network_calls` repeat."""
+        return 1
+
+    def network_calls(self, step: int, num_frames: int) -> tuple[NetworkCall, ...]:
+        """What the updates of `step` call on one micro-batch of clips of `num_frames` latent frames.
+
+        `fv-distill estimate` multiplies it by the cost of a call. Recomputation under gradient checkpointing is none.
+
+        Raises:
+            NotImplementedError: by a method that has not said so.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say which networks it calls; define its network_calls(step, num_frames)"
+        )
 
     def encode_prompts(self) -> None:  # noqa: B027
         """Encode what the method needs from text encoders before the first step; does nothing by default."""

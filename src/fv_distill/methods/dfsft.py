@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fv_distill.losses.flow_matching import flow_matching_loss
+from fv_distill.losses.flow_matching import errors_by_sigma, flow_matching_loss
 from fv_distill.models.base import CausalModelBase, ModelBase
 from fv_distill.rng import SampleRng
 from fv_distill.schedules import flow
 from fv_distill.schedules.shift import shift_sigma, unshift_sigma
 from fv_distill.schedules.timesteps import gaussian_timestep_weight
 
-from .base import LossTerm, TrainingMethod
+from .base import LossTerm, SigmaErrors, TrainingMethod
+from .calls import NetworkCall
 from .options import DiffusionForcingSFTOptions, MethodOptions
 
 
@@ -51,6 +52,12 @@ class DiffusionForcingSFTMethod(TrainingMethod):
         """The student, in every step."""
         return ("student",)
 
+    def network_calls(self, step: int, num_frames: int) -> tuple[NetworkCall, ...]:
+        """One call of the student, behind the clean clip with teacher forcing."""
+        return (
+            NetworkCall("student", grad=True, span="clip_after_history" if self.options.teacher_forcing else "clip"),
+        )
+
     def encode_prompts(self) -> None:
         """Encode the empty prompt, which caption dropout puts in."""
         self.student.prompt_conditioning("")
@@ -70,8 +77,10 @@ class DiffusionForcingSFTMethod(TrainingMethod):
             )
         else:
             velocity = self.student.predict_velocity(x_t, sigma, prepared.conditioning)
-        loss = flow_matching_loss(velocity, flow.velocity_target(x0, noise), weight=self._weight(sigma))
-        yield LossTerm(loss, {"loss/student": loss.detach()})
+        target = flow.velocity_target(x0, noise)
+        loss = flow_matching_loss(velocity, target, weight=self._weight(sigma))
+        errors = SigmaErrors(sigma, errors_by_sigma(velocity, target, sigma))
+        yield LossTerm(loss, {"loss/student": loss.detach()}, {"student": errors})
 
     def _draw_sigma(self, rng: SampleRng, frames: int) -> Tensor:
         """One level per chunk, spread over its frames, `[B, T]`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fv_distill.losses.distribution_matching import direction_loss, dmd_direction
-from fv_distill.losses.flow_matching import flow_matching_loss
+from fv_distill.losses.flow_matching import errors_by_sigma, flow_matching_loss
 from fv_distill.models.base import ModelBase
 from fv_distill.models.conditioning import CHANNEL_COLUMNS, Conditioning, PreparedBatch, UncondPolicy, unconditional
 from fv_distill.rng import SampleRng
@@ -19,7 +19,8 @@ from fv_distill.schedules import flow
 from fv_distill.schedules.few_step import few_step_sigmas
 from fv_distill.schedules.timesteps import score_sigma
 
-from .base import LossTerm, TrainingMethod
+from .base import LossTerm, SigmaErrors, TrainingMethod
+from .calls import NetworkCall
 from .options import DMD2Options, MethodOptions
 
 
@@ -57,6 +58,30 @@ class DMD2Method(TrainingMethod):
     def updates(self, step: int) -> tuple[str, ...]:
         """The critic in every step; before it, in every k-th step, the student."""
         return ("student", "critic") if step % self.options.generator_update_interval == 0 else ("critic",)
+
+    @property
+    def update_cycle(self) -> int:
+        """The student's interval."""
+        return self.options.generator_update_interval
+
+    def network_calls(self, step: int, num_frames: int) -> tuple[NetworkCall, ...]:
+        """A rollout for each update that needs its own, scores for the student, one critic call for the critic."""
+        roles = self.updates(step)
+        calls = [NetworkCall("critic", grad=True)] if "critic" in roles else []
+        if "student" in roles:
+            calls += [*self._rollout_calls(num_frames, grad=True), NetworkCall("teacher"), NetworkCall("critic")]
+            if self._uses_guidance:
+                calls.append(NetworkCall("teacher", guided=True))
+        if "critic" in roles and not ("student" in roles and self.options.reuse_rollout):
+            calls += self._rollout_calls(num_frames, grad=False)
+        return tuple(calls)
+
+    def _rollout_calls(self, num_frames: int, *, grad: bool) -> list[NetworkCall]:
+        """The student's calls of one rollout; exit steps are drawn evenly, so that its mean depth is (n + 1) / 2."""
+        last = NetworkCall("student", grad=grad)
+        if self.options.rollout_mode == "data_latent":
+            return [last]
+        return [NetworkCall("student", count=(len(self.few_step_sigmas) + 1) / 2 - 1), last]
 
     def optimizer_overrides(self, role: str) -> dict[str, Any]:
         """The critic's own learning rate, betas and scheduler where the options give them."""
@@ -102,8 +127,10 @@ class DMD2Method(TrainingMethod):
         sigma = self._draw_score_sigma(rng, "critic/sigma")
         x_t = flow.add_noise(generated, noise, sigma)
         velocity = self.critic.predict_velocity(x_t, sigma, prepared.conditioning)
-        loss = flow_matching_loss(velocity, flow.velocity_target(generated, noise))
-        return LossTerm(loss, {"loss/critic": loss.detach()})
+        target = flow.velocity_target(generated, noise)
+        loss = flow_matching_loss(velocity, target)
+        errors = SigmaErrors(sigma, errors_by_sigma(velocity, target, sigma))
+        return LossTerm(loss, {"loss/critic": loss.detach()}, {"critic": errors})
 
     @torch.no_grad()
     def _direction(self, generated: Tensor, conditioning: Conditioning, rng: SampleRng) -> Tensor:

@@ -5,14 +5,15 @@ from typing import Any
 
 from torch import Tensor
 
-from fv_distill.losses.flow_matching import flow_matching_loss
+from fv_distill.losses.flow_matching import errors_by_sigma, flow_matching_loss
 from fv_distill.models.base import ModelBase
 from fv_distill.rng import SampleRng
 from fv_distill.schedules import flow
 from fv_distill.schedules.shift import shift_sigma
 from fv_distill.schedules.timesteps import density_sigma
 
-from .base import LossTerm, TrainingMethod
+from .base import LossTerm, SigmaErrors, TrainingMethod
+from .calls import NetworkCall
 from .options import FineTuneOptions, MethodOptions
 
 
@@ -31,6 +32,10 @@ class FineTuneMethod(TrainingMethod):
         """The student, in every step."""
         return ("student",)
 
+    def network_calls(self, step: int, num_frames: int) -> tuple[NetworkCall, ...]:
+        """One call of the student."""
+        return (NetworkCall("student", grad=True),)
+
     def encode_prompts(self) -> None:
         """Encode the empty prompt, which caption dropout puts in."""
         self.student.prompt_conditioning("")
@@ -42,8 +47,10 @@ class FineTuneMethod(TrainingMethod):
         noise = rng.normal("noise", x0.shape[1:])
         sigma = self._draw_sigma(rng)
         velocity = self.student.predict_velocity(flow.add_noise(x0, noise, sigma), sigma, prepared.conditioning)
-        loss = flow_matching_loss(velocity, flow.velocity_target(x0, noise))
-        yield LossTerm(loss, {"loss/student": loss.detach()})
+        target = flow.velocity_target(x0, noise)
+        loss = flow_matching_loss(velocity, target)
+        errors = SigmaErrors(sigma, errors_by_sigma(velocity, target, sigma))
+        yield LossTerm(loss, {"loss/student": loss.detach()}, {"student": errors})
 
     def _draw_sigma(self, rng: SampleRng) -> Tensor:
         options = self.options

@@ -17,6 +17,7 @@ from fv_distill.rng import SampleRng
 from fv_distill.rollouts.ode import STATES, TIMESTEPS
 
 from .base import LossTerm, TrainingMethod
+from .calls import NetworkCall
 from .options import KDCausalOptions, KDOptions, MethodOptions
 
 
@@ -44,6 +45,10 @@ class KDMethod(TrainingMethod):
     def updates(self, step: int) -> tuple[str, ...]:
         """The student, in every step."""
         return ("student",)
+
+    def network_calls(self, step: int, num_frames: int) -> tuple[NetworkCall, ...]:
+        """One call of the student; the teacher's were made with the paths."""
+        return (NetworkCall("student", grad=True),)
 
     def encode_prompts(self) -> None:
         """Encode the empty prompt, which caption dropout puts in."""
@@ -111,6 +116,10 @@ class KDCausalMethod(KDMethod):
                 f"method.num_frames_per_block={self.block_size} cuts through chunks; give a multiple of "
                 f"models.student.chunk_size={self.student.chunk_size}"
             )
+
+    def network_calls(self, step: int, num_frames: int) -> tuple[NetworkCall, ...]:
+        """One call of the student, behind the paths' ends with teacher forcing."""
+        return (NetworkCall("student", grad=True, span="clip_after_history" if self.teacher_forcing else "clip"),)
 
     def _predict(self, states: Tensor, conditioning: Conditioning, rng: SampleRng) -> Tensor:
         batch, _, _, frames = states.shape[:4]

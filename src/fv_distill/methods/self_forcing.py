@@ -5,6 +5,7 @@ Huang et al. 2025, "Self Forcing: bridging the train-test gap in autoregressive 
 
 import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from fv_distill.rng import SampleRng
 from fv_distill.rollouts.autoregressive import Rollout, autoregressive_rollout
 
 from .base import LossTerm
+from .calls import NetworkCall
 from .dmd2 import DMD2Method
 from .options import MethodOptions, SelfForcingOptions
 
@@ -40,6 +42,22 @@ class SelfForcingMethod(DMD2Method):
     def updates(self, step: int) -> tuple[str, ...]:
         """As in DMD2; the critic alone where `enable_gradient_in_rollout` is off."""
         return super().updates(step) if self.options.enable_gradient_in_rollout else ("critic",)
+
+    def _rollout_calls(self, num_frames: int, *, grad: bool) -> list[NetworkCall]:
+        """Each chunk's steps, its pass that becomes history, and with replay the last step once more."""
+        options, size = self.options, self.causal_student.chunk_size
+        num_steps = len(self.few_step_sigmas)
+        depth = num_steps if options.last_step_only else (num_steps + 1) / 2
+        calls = []
+        for start in range(0, num_frames, size):
+            chunk = NetworkCall("student", span="chunk", start_frame=start)
+            has_graph = grad and start >= options.start_gradient_frame
+            is_last = start + size >= num_frames
+            without = depth + (not is_last) - (has_graph and not options.gradient_replay)
+            calls.append(chunk.times(without))
+            if has_graph:
+                calls.append(replace(chunk, grad=True))
+        return calls
 
     def _student_losses(self, prepared: PreparedBatch, rng: SampleRng) -> Iterator[LossTerm]:
         first = self._first_gradient_frame(prepared)

@@ -63,6 +63,7 @@ class ModelBase(ABC):
         self.adapter: str | None = None
         self.lora: LoraSpec | None = None
         self.switch: AdapterSwitch | None = None
+        self._device: torch.device | None = None
         transformer.requires_grad_(trainable).train(trainable)
 
     # Adapters on a network, of this role alone or shared with others
@@ -167,8 +168,12 @@ class ModelBase(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.transformer.parameters()).device
+        """Where the network computes; offloaded weights are elsewhere between its calls."""
+        return self._device or next(self.transformer.parameters()).device
+
+    def compute_on(self, device: torch.device) -> None:
+        """Say where the network computes, for weights that don't tell."""
+        self._device = device
 
     # What a family defines
 
@@ -195,6 +200,13 @@ class ModelBase(ABC):
     @abstractmethod
     def check_text(self, shape: Sequence[int]) -> None:
         """Raise a `ValueError` that names the fix if text embeddings `[L, D]` can't be fed to the network."""
+
+    def check_context_parallel(self, degree: int, latent_shape: Sequence[int]) -> None:
+        """Raise a `ValueError` unless `degree` processes can share the tokens of latents `[C, T, H, W]`.
+
+        A family that can, overrides this; its network has to have diffusers' `enable_parallelism`.
+        """
+        raise ValueError(f"{type(self).__name__} can't share a clip's tokens between processes")
 
     # What follows from it
 
@@ -382,6 +394,10 @@ class CausalModelBase(ModelBase):
 
         The pieces `[B, 3, f, H, W]` in [0, 1], fp32, put together are what `decode_latents` makes of the whole clip.
         """
+
+    def check_context_parallel(self, degree: int, latent_shape: Sequence[int]) -> None:
+        """See `ModelBase.check_context_parallel`; masks and caches are of whole clips."""
+        raise ValueError(f"{type(self).__name__} is causal, and masks and caches need all tokens of a clip")
 
     # What follows from it
 

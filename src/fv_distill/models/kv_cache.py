@@ -92,6 +92,11 @@ class KVCache:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
+    def entries(self) -> Tensor:
+        """The frames' keys and values, `[layers, 2, B, tokens, heads, head_dim]`."""
+        return self._entries
+
+    @property
     def num_frames(self) -> int:
         """Latent frames stored so far, counted from the clip's first, dropped ones included."""
         return self._kept[-1].stop

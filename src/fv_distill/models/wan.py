@@ -1,5 +1,6 @@
 """Wan 2.1 text-to-video over diffusers' `WanTransformer3DModel`."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -156,6 +157,18 @@ class WanModel(ModelBase):
                 f"into k+1, so {frames} latent frames are {(frames - 1) * factor + 1} frames; re-encode the clip"
             )
 
+    def check_context_parallel(self, degree: int, latent_shape: Sequence[int]) -> None:
+        """See `ModelBase.check_context_parallel`: the processes get equal shares of heads and of tokens."""
+        heads = self.network_config.num_attention_heads
+        if heads % degree:
+            raise ValueError(f"{self.directory} has {heads} attention heads, which {degree} processes can't share")
+        tokens = math.prod(latent_shape[1:]) // math.prod(self.network_config.patch_size)
+        if tokens % degree:
+            raise ValueError(
+                f"latents {tuple(latent_shape)} have {tokens} tokens, which {degree} processes can't share; crop the "
+                "data or choose another degree"
+            )
+
     def check_text(self, shape: Sequence[int]) -> None:
         """See `ModelBase.check_text`."""
         if shape[-1] != self.network_config.text_dim:
@@ -174,14 +187,33 @@ def load_text_to_video(
     gradient_checkpointing: bool,
     attention_backend: str | None,
 ) -> nn.Module:
-    """A directory's network as `network_class`; arguments and errors as in `WanModel.from_pretrained`."""
-    transformer: Any = network_class.from_pretrained(directory, subfolder="transformer", dtype=parse_dtype(dtype))
+    """A directory's network as `network_class`; arguments and errors as in `WanModel.from_pretrained`.
+
+    Under `torch.device("meta")` its config is all that is read: the shapes without the weights.
+    """
+    is_meta = torch.get_default_device().type == "meta"
+    transformer: Any = (
+        _without_weights(network_class, directory, parse_dtype(dtype))
+        if is_meta
+        else network_class.from_pretrained(directory, subfolder="transformer", dtype=parse_dtype(dtype))
+    )
     if transformer.config.image_dim is not None or transformer.config.in_channels != transformer.config.out_channels:
         raise ValueError(f"{directory} is an image-to-video Wan; only Wan 2.1 text-to-video is handled")
-    if weights is not None:
+    if weights is not None and not is_meta:
         load_weights_override(transformer, weights)
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if attention_backend is not None:
         transformer.set_attention_backend(attention_backend)
     return transformer
+
+
+def _without_weights(network_class: type[WanTransformer3DModel], directory: Path, dtype: torch.dtype) -> Any:
+    """The network on the meta device, its parameters in the types that `from_pretrained` would give them."""
+    load_component_config(directory, "transformer")
+    network: Any = network_class.from_config(network_class.load_config(directory, subfolder="transformer"))
+    kept_in_fp32 = network_class._keep_in_fp32_modules or []
+    for name, parameter in network.named_parameters():
+        if not any(part in name.split(".") for part in kept_in_fp32):
+            parameter.data = parameter.data.to(dtype)
+    return network.eval()

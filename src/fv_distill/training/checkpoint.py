@@ -169,6 +169,8 @@ class CheckpointManager:
         for name, role in trainer.roles.items():
             role.updates = metadata["updates"][name]
         trainer.callbacks.load_state_dict(metadata["callbacks"])
+        # Checkpoints of earlier versions have no open window.
+        trainer.log.sigma_losses.load_state_dict(metadata.get("sigma_losses", {}))
         trainer.accelerator.print(f"resumed from {path} at step {trainer.step}")
 
     def latest(self) -> Path | None:
@@ -250,6 +252,7 @@ class CheckpointManager:
             "causal": self._streaming(),
             "latent_shape": list(trainer.latent_shape),
             "callbacks": trainer.callbacks.state_dict(),
+            "sigma_losses": trainer.log.sigma_losses.state_dict(),
             "versions": package_versions(),
             "config": trainer.config.model_dump(mode="json", by_alias=True),
             "resolved_config": dump_run_config(trainer.config),

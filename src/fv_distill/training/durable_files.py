@@ -1,7 +1,10 @@
 """Small files that survive a kill or a power failure, and the directories that they lie in."""
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -27,3 +30,9 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Add a line of JSON in one write: a kill leaves it whole or, at worst, cut off, and never two lines mixed."""
+    with path.open("ab", buffering=0) as file:
+        file.write((json.dumps(line) + "\n").encode())

@@ -7,6 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
+from fv_distill.config.schema import Placement
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.models.base import ModelBase
 
@@ -38,11 +39,16 @@ class Role:
 
 
 def prepare_roles(
-    accelerator: Accelerator, method: TrainingMethod, optimizer_options: Mapping[str, Any], *, max_train_steps: int
+    accelerator: Accelerator,
+    method: TrainingMethod,
+    optimizer_options: Mapping[str, Any],
+    *,
+    max_train_steps: int,
+    placements: Mapping[str, Placement],
 ) -> dict[str, Role]:
     """Build optimizers and put every network of the method where it runs.
 
-    Trainable roles come first, in the method's order.
+    Trainable roles come first, in the method's order. `placements` has one for each frozen role.
     """
     roles = {}
     for name in method.roles:
@@ -60,5 +66,5 @@ def prepare_roles(
         roles[name] = Role(name, model, prepare_trainable(accelerator, model, optimizer), rate)
     for name, model in method.models.items():
         if name not in roles:
-            prepare_frozen(accelerator, model)
+            prepare_frozen(accelerator, model, placements[name])
     return roles

@@ -28,14 +28,19 @@ from fv_distill.rng import derive_seed
 from fv_distill.rollouts.ode import STATES
 
 from .checkpoint import complete_checkpoints, find_checkpoint
+from .context_parallel import ContextGroups
+from .launch_modes import describe_launch
 from .output_directory import check_output_directory
+from .sessions import SESSIONS_FILE
 from .sharding import make_accelerator
+from .sigma_losses import SIGMA_LOSSES_FILE
+from .trackers import LOG_FOLDER, check_trackers
 from .tracking import CONFIG_FILE, METRICS_FILE
 from .trainer import Trainer
 from .trajectories import TrajectoryCache, trajectory_options
 
 # What a run writes into its output directory; --overwrite removes these and nothing else.
-RUN_FILES = (CONFIG_FILE, METRICS_FILE, "checkpoints", "logs", "validation")
+RUN_FILES = (CONFIG_FILE, METRICS_FILE, SIGMA_LOSSES_FILE, SESSIONS_FILE, "checkpoints", LOG_FOLDER, "validation")
 
 
 def run_training_from_config(
@@ -88,7 +93,7 @@ def build_trainer(config: RunConfig, *, dry_run: bool = False) -> Trainer:
     """The trainer of a config, in the order in which mistakes are cheapest to find."""
     accelerator = build_accelerator(config, dry_run=dry_run)
     dataset = build_trajectory_dataset(config, accelerator, dry_run=dry_run)
-    models = build_models(config, [role for role in config.models if role not in _method_class(config).cache_roles])
+    models = build_models(config, [role for role in config.models if role not in method_class(config).cache_roles])
     method = build_method(config, models)
     check_run(dataset, method, config)
     return Trainer(accelerator, method, dataset, config, build_callbacks(config))
@@ -103,11 +108,18 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
     """
     training = config.training
     _quieten_libraries()
+    check_trackers(training.tracker.trackers)
     accelerator = make_accelerator(
         output_dir=training.output_dir,
         mixed_precision=training.distributed.mixed_precision,
         trackers=() if dry_run else training.tracker.trackers,
     )
+    # Made here for its checks: a launch that doesn't fit shall be told of before networks are loaded.
+    groups = ContextGroups.of(accelerator, training.distributed.context_parallel_degree)
+    if accelerator.is_main_process:
+        offloaded = [role for role, model in config.models.items() if model.placement == "offloaded"]
+        for line in describe_launch(accelerator, context_parallel_degree=groups.degree, offloaded_roles=offloaded):
+            console.print(line, highlight=False, markup=False)
     if not dry_run:
         # Every process looks before the main one writes, so that all of them see the same directory.
         _refuse_foreign_run(config)
@@ -236,11 +248,16 @@ def _wants_checkpointing(config: RunConfig, role: str) -> bool:
 
 def build_method(config: RunConfig, models: Mapping[str, ModelBase]) -> TrainingMethod:
     """The method of the config over its adapters."""
-    kind = _method_class(config)
+    kind = method_class(config)
     return kind(models, kind.options_class.model_validate(config.method.options))
 
 
-def _method_class(config: RunConfig) -> type[TrainingMethod]:
+def method_class(config: RunConfig) -> type[TrainingMethod]:
+    """The class that `method._target_` names.
+
+    Raises:
+        TypeError: if it is no method.
+    """
     kind = resolve_target(config.method.target)
     if not (isinstance(kind, type) and issubclass(kind, TrainingMethod)):
         raise TypeError(
@@ -311,7 +328,7 @@ def export_if_asked(trainer: Trainer) -> None:
 
 
 def print_dry_run(trainer: Trainer) -> None:
-    """Print the resolved config, the sizes of the networks and the batch."""
+    """Print the resolved config, the sizes of the networks, what the run will take, and the batch."""
     if not trainer.accelerator.is_main_process:
         return
     console.print(dump_run_config(trainer.config), markup=False, highlight=False)
@@ -320,6 +337,10 @@ def print_dry_run(trainer: Trainer) -> None:
         state = "trained" if model.trainable else "frozen"
         console.print(f"{role}: {count / 1e6:.2f} M parameters, {model.dtype}, {state}", highlight=False)
     plan = trainer.plan
+    # Assembled from what is in this file.
+    from .estimating import print_dry_run_estimate
+
+    print_dry_run_estimate(trainer.config, trainer.accelerator, trainer.latent_shape)
     console.print(
         f"{len(trainer.dataset)} rows, global batch {plan.global_batch_size}, "
         f"{trainer.config.training.loop.max_train_steps} steps; dry run: nothing was trained",

@@ -1,25 +1,29 @@
-"""Where a role's network runs: on one device, replicated (DDP) or sharded (FSDP2), as accelerate's config says.
+"""Where a role's network runs: on one device, replicated (DDP) or sharded (FSDP2, HSDP), as accelerate's config says.
 
-Accelerate is built around one model. What it takes to give it several is kept in this file, each with its reason.
+Accelerate is built around one model. What it takes to give it several is kept in this file, each with its reason; how
+its config is read, and made to act on a CPU, is in `launch_modes`.
 """
 
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from fv_distill.config.schema import Placement
 from fv_distill.models.base import ModelBase
+
+from .launch_modes import check_launch, cpu_offload_policy, enable_fsdp2_on_cpu, mesh_hidden_on_cpu, wants_fsdp
 
 
 def make_accelerator(
@@ -33,24 +37,24 @@ def make_accelerator(
         trackers: names of accelerate trackers.
 
     Raises:
-        ValueError: for fp16, FSDP version 1, or a launcher's FSDP that didn't come into force.
+        ValueError: for fp16, FSDP version 1, a launcher's FSDP that didn't come into force, or a mesh that doesn't fit.
     """
-    accelerator = Accelerator(
-        # Without the flag accelerate starts no process group for several processes on a machine that has only CPUs.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=mixed_precision,
-        log_with=list(trackers) or None,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs")),
-        step_scheduler_with_optimizer=False,
-    )
+    check_launch()
+    directories = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs"))
+    with mesh_hidden_on_cpu():
+        accelerator = Accelerator(
+            # Without the flag accelerate starts no process group for several processes on a machine that has only CPUs.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=mixed_precision,
+            log_with=list(trackers) or None,
+            project_config=directories,
+            step_scheduler_with_optimizer=False,
+        )
     if accelerator.mixed_precision == "fp16":
         raise ValueError("mixed_precision fp16 is not supported: DMD gradients leave its range; use bf16 or no")
-    _enable_fsdp2_on_cpu(accelerator)
-    wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if wants_fsdp and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
-        raise ValueError(
-            "the launcher asks for FSDP but version 2 is not in force; set fsdp_version: 2 in accelerate's config"
-        )
+    enable_fsdp2_on_cpu(accelerator)
+    if wants_fsdp() and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
+        raise ValueError(f"the launcher asks for FSDP but accelerate made it {accelerator.distributed_type.value}")
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         # Accelerate's policy reduces gradients in bf16. Its input cast would also round the fp32 timestep to 8 bits, so
         # `_cast_inputs_where_sharded` takes its place.
@@ -60,35 +64,60 @@ def make_accelerator(
     return accelerator
 
 
-def _enable_fsdp2_on_cpu(accelerator: Accelerator) -> None:
-    """Switch FSDP2 on for CPU processes that ask for it; accelerate ignores the plugin there without a word."""
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if not wanted or accelerator.device.type != "cpu" or accelerator.num_processes == 1:
-        return
-    accelerator.state.distributed_type = DistributedType.FSDP
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-
-
 def prepare_trainable(accelerator: Accelerator, model: ModelBase, optimizer: Optimizer) -> Optimizer:
     """Put a trainable role's network and optimizer under the accelerator, replacing `model.transformer`.
 
     Called once per role: FSDP2 takes exactly one model with its optimizer.
     """
+    model.compute_on(accelerator.device)
     _wrap_blocks_by_network(accelerator)
     model.transformer, optimizer = accelerator.prepare(model.transformer, optimizer)
     _cast_inputs_where_sharded(accelerator, model.transformer)
     return optimizer
 
 
-def prepare_frozen(accelerator: Accelerator, model: ModelBase) -> None:
-    """Place or shard a network without an optimizer; `accelerator.prepare` refuses one under FSDP2."""
-    if accelerator.is_fsdp2:
-        _wrap_blocks_by_network(accelerator)
+def prepare_frozen(accelerator: Accelerator, model: ModelBase, placement: Placement = "auto") -> None:
+    """Place a network without an optimizer, which `accelerator.prepare` refuses under FSDP2.
+
+    It is sharded where the launch shards, unless `placement` says otherwise.
+    """
+    if not accelerator.is_fsdp2 or placement == "replicated":
+        prepare_alone(accelerator, model, placement)
+        return
+    model.compute_on(accelerator.device)
+    _wrap_blocks_by_network(accelerator)
+    with _kept_in_host_memory(accelerator) if placement == "offloaded" else nullcontext():
         model.transformer = fsdp2_prepare_model(accelerator, model.transformer)
-        _cast_inputs_where_sharded(accelerator, model.transformer)
-    else:
-        model.transformer.to(accelerator.device)
+    _cast_inputs_where_sharded(accelerator, model.transformer)
+
+
+def prepare_alone(accelerator: Accelerator, model: ModelBase, placement: Placement = "auto") -> None:
+    """Place a frozen network so that a process can call it without the others: whole, or whole and offloaded."""
+    device = accelerator.device
+    model.compute_on(device)
+    if placement != "offloaded":
+        model.transformer.to(device)
+        return
+    network: Any = model.transformer
+    # diffusers' own: one block at a time is on the device, with a stream the next one is on its way there meanwhile.
+    network.enable_group_offload(
+        onload_device=device,
+        offload_device=torch.device("cpu"),
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        use_stream=device.type == "cuda",
+    )
+
+
+@contextmanager
+def _kept_in_host_memory(accelerator: Accelerator) -> Iterator[None]:
+    """The next network's shards stay in host memory; blocks are gathered on the device when they are called."""
+    plugin = accelerator.state.fsdp_plugin
+    policy, plugin.cpu_offload = plugin.cpu_offload, cpu_offload_policy(accelerator.device)
+    try:
+        yield
+    finally:
+        plugin.cpu_offload = policy
 
 
 def prepare_averaged(accelerator: Accelerator, module: nn.Module) -> nn.Module:

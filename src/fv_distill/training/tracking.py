@@ -14,7 +14,10 @@ from fv_distill.config.load import dump_run_config
 from fv_distill.config.schema import RunConfig
 from fv_distill.console import console
 
-from .durable_files import replace_durably, sync
+from .durable_files import append_line, replace_durably, sync
+from .sessions import write_session
+from .sigma_losses import NUM_BINS, SIGMA_LOSSES_FILE, SigmaLossWindow
+from .trackers import start_trackers
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "resolved_config.yaml"
@@ -36,6 +39,7 @@ class RunLog:
         self.config = config
         self.options = config.training.tracker
         self.directory = Path(config.training.output_dir)
+        self.sigma_losses = SigmaLossWindow(self.options.sigma_losses_every_steps)
         self._progress: Progress | None = None
         self._bad_rows = 0
         self._last_line = 0.0
@@ -46,11 +50,9 @@ class RunLog:
             self.directory.mkdir(parents=True, exist_ok=True)
             replace_durably(self.directory / CONFIG_FILE, dump_run_config(self.config))
             _keep_until(self.directory / METRICS_FILE, step)
-        if self.options.trackers:
-            flat = _flatten(self.config.model_dump(mode="json", by_alias=True)) | {"yaml": self.config.source_text}
-            init_kwargs = {"wandb": {"name": self.options.run_name}} if self.options.run_name else {}
-            self.accelerator.init_trackers(self.options.project_name, config=flat, init_kwargs=init_kwargs)
-            self._attach_yaml()
+            _keep_until(self.directory / SIGMA_LOSSES_FILE, step)
+        write_session(self.accelerator, self.directory, step=step)
+        start_trackers(self.accelerator, self.config, step=step)
         if self.accelerator.is_main_process and sys.stdout.isatty():
             self._progress = Progress(
                 TextColumn("training"),
@@ -65,26 +67,31 @@ class RunLog:
             self._progress.start()
             self._progress.add_task("training", total=max_steps, completed=step, losses="")
         self._max_steps, self._start_step, self._start_time = max_steps, step, time.monotonic()
+        self._step = step
 
     def step(self, step: int, metrics: Mapping[str, float], *, num_bad_rows: int) -> None:
         """Log a finished step."""
+        self._step = step
         self._bad_rows += num_bad_rows
+        window = self.sigma_losses.close_if_due(step)
         if num_bad_rows:
             self.warn(f"step {step}: {num_bad_rows} bad rows were replaced ({self._bad_rows} so far on this process)")
         if not self.accelerator.is_main_process:
             return
         values = {**metrics, **({"data/bad_rows": self._bad_rows} if self._bad_rows else {})}
-        # One write without a buffer: a kill leaves a line whole or, at worst, the last one cut off, never two mixed.
-        with (self.directory / METRICS_FILE).open("ab", buffering=0) as file:
-            file.write((json.dumps({"step": step, **values}) + "\n").encode())
+        append_line(self.directory / METRICS_FILE, {"step": step, **values})
+        if window is not None:
+            append_line(self.directory / SIGMA_LOSSES_FILE, window)
+            self.accelerator.log(_scalars(window), step=step)
         if step % self.options.log_every_steps == 0:
             self.accelerator.log(values, step=step)
         self._show(step, metrics)
 
     def sync(self) -> None:
         """Put the metrics so far on the disk for good."""
-        if (path := self.directory / METRICS_FILE).is_file():
-            sync(path)
+        for name in (METRICS_FILE, SIGMA_LOSSES_FILE):
+            if (path := self.directory / name).is_file():
+                sync(path)
 
     def warn(self, message: str) -> None:
         """Print a warning on the main process."""
@@ -92,17 +99,12 @@ class RunLog:
             console.print(f"[yellow]warning:[/yellow] {message}")
 
     def finish(self) -> None:
-        """Close the progress bar; `accelerator.end_training` closes the trackers."""
+        """Close the progress bar and write the window that is open; `accelerator.end_training` closes the trackers."""
+        window = self.sigma_losses.line(self._step)
+        if self.accelerator.is_main_process and window is not None:
+            append_line(self.directory / SIGMA_LOSSES_FILE, {**window, "partial": True})
         if self._progress is not None:
             self._progress.stop()
-
-    def _attach_yaml(self) -> None:
-        """Put the YAML as it was written beside the flat values that trackers take."""
-        for tracker in self.accelerator.trackers:
-            if self.accelerator.is_main_process and tracker.name == "tensorboard":
-                tracker.writer.add_text(
-                    "config", f"```yaml\n{self.config.source_text or dump_run_config(self.config)}```"
-                )
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         losses = "  ".join(f"{name}={value:.4g}" for name, value in metrics.items() if name.startswith("loss/"))
@@ -118,24 +120,28 @@ class RunLog:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines of later steps, which a resumed run will write again, and what a kill has left of a line."""
+    """Drop lines of later steps and open windows, which a resumed run writes again, and half lines, of a kill."""
     if path.is_file():
         # A crash of the machine can leave bytes that are no text.
         lines = path.read_text(errors="replace").splitlines(keepends=True)
-        replace_durably(path, "".join(line for line in lines if _is_whole(line) and json.loads(line)["step"] <= step))
+        replace_durably(path, "".join(line for line in lines if _is_kept(line, step)))
 
 
-def _is_whole(line: str) -> bool:
+def _is_kept(line: str, step: int) -> bool:
     try:
-        json.loads(line)
+        entry = json.loads(line)
     except json.JSONDecodeError:
+        # A power failure can leave anything; what it hit is lost either way.
         return False
-    return line.endswith("\n")
+    return line.endswith("\n") and entry["step"] <= step and not entry.get("partial", False)
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Dotted keys with scalar values: trackers take neither nested nor list values."""
-    if isinstance(value, dict):
-        items = [_flatten(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items()]
-        return {key: inner for item in items for key, inner in item.items()}
-    return {prefix: value if isinstance(value, str | int | float | bool) else json.dumps(value)}
+def _scalars(window: Mapping[str, Any]) -> dict[str, float]:
+    """A window as trackers take it, `loss_by_sigma/critic/0.3` for [0.3, 0.4)."""
+    return {
+        f"loss_by_sigma/{name}/{index / NUM_BINS:.1f}": loss
+        for name, bins in window.items()
+        if name != "step"
+        for index, loss in enumerate(bins["loss"])
+        if loss is not None
+    }

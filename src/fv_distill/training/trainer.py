@@ -16,9 +16,11 @@ from fv_distill.rng import SampleRng
 from fv_distill.rollouts.ode import STATES
 
 from .checkpoint import CheckpointManager
+from .context_parallel import ContextGroups, enable_context_parallelism
 from .interrupt import StopRequest
 from .roles import prepare_roles
 from .sharding import gradient_norm, gradient_sync
+from .sigma_losses import NUM_BINS, SigmaSums
 from .tracking import RunLog
 
 
@@ -58,17 +60,23 @@ class Trainer:
         self.stopped_by: str | None = None
         self._nonfinite_steps = 0
         training = config.training
+        self.groups = ContextGroups.of(accelerator, training.distributed.context_parallel_degree)
         self.plan = BatchPlan(
             seed=training.seed,
             num_rows=len(dataset),
             micro_batch_size=training.data.train_batch_size,
             accumulation_steps=training.loop.gradient_accumulation_steps,
-            world_size=accelerator.num_processes,
-            rank=accelerator.process_index,
+            world_size=self.groups.num_groups,
+            rank=self.groups.group,
         )
         callbacks.call("on_before_prepare", self)
+        enable_context_parallelism(accelerator, self.groups, self.models, self.latent_shape)
         self.roles = prepare_roles(
-            accelerator, method, training.optimizer.as_kwargs(), max_train_steps=training.loop.max_train_steps
+            accelerator,
+            method,
+            training.optimizer.as_kwargs(),
+            max_train_steps=training.loop.max_train_steps,
+            placements={name: model.placement for name, model in config.models.items()},
         )
         # Networks that are sharded have left room for a text encoder by now, and were never whole on the device.
         method.encode_prompts()
@@ -125,16 +133,19 @@ class Trainer:
         """Accumulate the gradients of one role over the micro-batches and step its optimizer if all is finite."""
         role = self.roles[role_name]
         sums: dict[str, torch.Tensor] = {}
+        by_sigma = SigmaSums(self.accelerator.device)
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(micro_batches):
             rng = SampleRng(self.config.training.seed, self.step, batch["sample_index"], self.accelerator.device)
             is_last = index == len(micro_batches) - 1
             with gradient_sync(self.accelerator, role.model.transformer, enabled=is_last):
                 for term in self.method.losses(role_name, batch, rng):
-                    self.accelerator.backward(term.loss / len(micro_batches))
+                    self.accelerator.backward(term.loss * self.groups.gradient_scale / len(micro_batches))
                     total += term.loss.detach().float() / len(micro_batches)
                     for name, value in term.metrics.items():
                         sums[name] = sums.get(name, 0) + value.float() / len(micro_batches)
+                    if self.log.sigma_losses.every_steps:
+                        by_sigma.add(term.by_sigma)
         # A method need not log its loss, but a step with a bad one has to be noticed.
         sums.setdefault(f"loss/{role_name}", total)
         rate = role.set_learning_rate()
@@ -144,7 +155,7 @@ class Trainer:
         if not is_norm_logged:
             # A finite loss may have gradients that are not.
             sums[norm_name] = gradient_norm(role.model.transformer)
-        metrics = self._mean_over_processes(sums)
+        metrics = self._mean_over_processes(sums, by_sigma)
         if not is_norm_logged:
             norm = metrics.pop(norm_name)
             if _all_finite(metrics) and not math.isfinite(norm):
@@ -192,12 +203,23 @@ class Trainer:
             moved["latent_shape"] = self.config.training.data.latent_shape
         return moved
 
-    def _mean_over_processes(self, metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """All metrics in one reduction and one copy to the host; every process sees the same numbers."""
+    def _mean_over_processes(self, metrics: Mapping[str, torch.Tensor], by_sigma: SigmaSums) -> dict[str, float]:
+        """All metrics in one reduction and one copy to the host; every process sees the same numbers.
+
+        The sums and counts by noise level travel with them, and go to the log.
+        """
         values = torch.stack(
             [value.detach().float().reshape(()).to(self.accelerator.device) for value in metrics.values()]
         )
-        return dict(zip(metrics, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+        totals = self.accelerator.reduce(torch.cat([values, *by_sigma.packed()]), reduction="sum")
+        totals[: len(values)] /= self.accelerator.num_processes
+        # Processes that share a clip's tokens have counted it once each.
+        totals[len(values) :] /= self.groups.degree
+        numbers = totals.tolist()
+        for index, name in enumerate(by_sigma.names):
+            start = len(values) + index * 2 * NUM_BINS
+            self.log.sigma_losses.add(name, numbers[start : start + 2 * NUM_BINS])
+        return dict(zip(metrics, numbers, strict=False))
 
     def _stop_if_nonfinite(self, metrics: Mapping[str, float]) -> None:
         bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}

@@ -26,6 +26,8 @@ from fv_distill.models.conditioning import Conditioning
 from fv_distill.rng import generator_for
 from fv_distill.rollouts.ode import STATES, TIMESTEPS, ode_trajectory, trajectory_sigmas
 
+from .sharding import prepare_alone
+
 METADATA_FILE = "trajectories.json"
 
 # Of each weights file so much from both ends tells one teacher from another; hashing all of 14B takes minutes.
@@ -65,7 +67,8 @@ class TrajectoryCache:
             self._write_metadata()
         missing = self.missing
         accelerator.wait_for_everyone()
-        teacher.transformer.to(accelerator.device)
+        # Processes call it a different number of times, so it can't be sharded.
+        prepare_alone(accelerator, teacher, self.config.models["teacher"].placement)
         teacher.prompt_conditioning("")
         share = missing[accelerator.process_index :: accelerator.num_processes]
         for count, index in enumerate(share, start=1):

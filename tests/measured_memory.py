@@ -1,0 +1,80 @@
+"""The peak of a real run's memory: what is alive when a step begins, and what torch's allocator saw after that.
+
+Shares nothing with the estimate. What is alive is found by the garbage collector, what comes and goes is reported by
+the allocator to torch's profiler.
+"""
+
+import gc
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fv_distill.callbacks.base import Callback
+from fv_distill.config import load_run_config
+from fv_distill.training.run import build_trainer
+
+
+class WatchLastStep(Callback):
+    """Profiles the memory of one step, a late one in which optimizers have their states."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.alive = 0
+        self.profiler: Any = None
+
+    def on_training_step_end(self, trainer: Any, metrics: dict[str, float]) -> None:
+        if trainer.step == self.step - 1:
+            self.alive = bytes_alive()
+            self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self.profiler.__enter__()
+        elif trainer.step == self.step:
+            self.profiler.__exit__(None, None, None)
+
+    @property
+    def most_allocated(self) -> int:
+        """The most bytes that the allocator had given out since the step began, and not yet got back."""
+        events = [event for event in self.profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        assert len(events) > 100, "the profiler saw no memory"
+        now = most = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        return most
+
+
+def measured_peak(config_file: Path, *, steps: int) -> int:
+    """Train a config for `steps` steps; the last one's peak in bytes, without what was there before."""
+    before = bytes_alive()
+    trainer = build_trainer(load_run_config(config_file))
+    watch = WatchLastStep(steps)
+    trainer.callbacks.add("watch", watch)
+    trainer.train()
+    return watch.alive - before + watch.most_allocated
+
+
+def bytes_alive() -> int:
+    """Of all tensors in host memory that the garbage collector knows, each storage once.
+
+    A sharded tensor is a wrapper around a plain one, which is counted.
+    """
+    gc.collect()
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    storages = [found.untyped_storage() for found in gc.get_objects() if type(found) in kinds]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.device.type == "cpu"}.values())
+
+
+def main() -> None:
+    """Under `torchrun`: measure the first process."""
+    torch.set_num_threads(1)
+    config_file, steps, output = sys.argv[1:]
+    peak = measured_peak(Path(config_file), steps=int(steps))
+    if os.environ["RANK"] == "0":
+        Path(output).write_text(str(peak))
+
+
+if __name__ == "__main__":
+    main()
