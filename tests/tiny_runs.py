@@ -95,6 +95,14 @@ def self_forcing_config(model: Path, rows: Path, output_dir: Path) -> dict[str, 
     return config
 
 
+def shared_base_config(model: Path, rows: Path, output_dir: Path) -> dict[str, Any]:
+    """As `dmd2_config`, with student and critic as adapters on the teacher's weights."""
+    config = dmd2_config(model, rows, output_dir)
+    role = {"share_base_with": "teacher", "trainable": True, "lora": {"enable": True, "rank": 3}}
+    config["models"] |= {"student": {**role, "negative_prompt": "bad"}, "critic": dict(role)}
+    return config
+
+
 def _training(rows: Path, output_dir: Path) -> dict[str, Any]:
     return {
         "seed": 7,

@@ -129,8 +129,9 @@ class ModelBase(ABC):
         if self.switch is None:
             self.switch = AdapterSwitch(self.transformer, resting=adapter)
         else:
-            # The student, which comes first, is what a pipeline sees that knows of no roles.
-            self.switch.current = self.switch.current or adapter
+            # The student is what a pipeline sees that knows of no roles.
+            if self.switch.current is None or adapter == "student":
+                self.switch.current = adapter
             self.switch.refresh()
         self.adapter, self.lora, self.trainable = adapter, spec, True
         self.transformer.train()
