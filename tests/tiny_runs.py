@@ -103,6 +103,14 @@ def shared_base_config(model: Path, rows: Path, output_dir: Path) -> dict[str, A
     return config
 
 
+def shared_causal_base_config(model: Path, rows: Path, output_dir: Path) -> dict[str, Any]:
+    """The same for Self-Forcing: a causal student on a bidirectional teacher's weights."""
+    config = shared_base_config(model, rows, output_dir)
+    config["models"]["student"] |= CAUSAL
+    config["method"]["_target_"] = "fv_distill.methods.SelfForcingMethod"
+    return config
+
+
 def _training(rows: Path, output_dir: Path) -> dict[str, Any]:
     return {
         "seed": 7,

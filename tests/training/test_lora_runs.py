@@ -5,7 +5,6 @@ import torch
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 from tiny_runs import (
-    CAUSAL,
     assert_same_state,
     assert_same_tensors,
     checkpoint,
@@ -14,6 +13,7 @@ from tiny_runs import (
     metadata,
     metric_lines,
     shared_base_config,
+    shared_causal_base_config,
     train,
 )
 
@@ -131,9 +131,7 @@ def test_one_role_with_an_adapter_of_its_own_network(tiny_wan, tiny_rows, tmp_pa
 
 
 def test_a_causal_student_on_a_bidirectional_base(tiny_wan, tiny_rows, tmp_path):
-    config = shared_base_config(tiny_wan, tiny_rows, tmp_path / "run")
-    config["models"]["student"] |= CAUSAL
-    config["method"]["_target_"] = "fv_distill.methods.SelfForcingMethod"
+    config = shared_causal_base_config(tiny_wan, tiny_rows, tmp_path / "run")
     train(config, {"pipeline.export_dir": str(tmp_path / "student"), "training.loop.max_train_steps": 2})
     frames = VideoStreamer.from_pretrained(tmp_path / "student").generate("a digit")
     assert frames.shape == (9, 32, 32, 3)

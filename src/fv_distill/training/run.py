@@ -186,6 +186,9 @@ def build_models(config: RunConfig, roles: Sequence[str] | None = None) -> dict[
             loaded[role] = _model_on_base(config, role, loaded[base])
     for role in wanted:
         _add_lora(config, role, loaded[role])
+    if PartialState().is_main_process:
+        for role in (role for role in wanted if loaded[role].lora is not None):
+            console.print(describe_role(config, role, loaded[role]), highlight=False)
     return {role: loaded[role] for role in wanted}
 
 
@@ -327,15 +330,30 @@ def export_if_asked(trainer: Trainer) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def describe_role(config: RunConfig, role: str, model: ModelBase) -> str:
+    """A line on what a role trains, and of how many parameters."""
+    sizes = {name: parameter.numel() for name, parameter in model.transformer.named_parameters()}
+    whole = sum(size for name, size in sizes.items() if ".lora_" not in name)
+    trained = sum(size for name, size in sizes.items() if model.is_trained(name))
+    if model.lora is not None:
+        base = config.models[role].share_base_with or "a network of its own"
+        return (
+            f"{role}: LoRA of rank {model.lora.rank} on {base}, {_millions(trained)} of {_millions(whole)} parameters"
+        )
+    return f"{role}: {_millions(whole)} parameters, {model.dtype}, {'trained' if model.trainable else 'frozen'}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M"
+
+
 def print_dry_run(trainer: Trainer) -> None:
     """Print the resolved config, the sizes of the networks, what the run will take, and the batch."""
     if not trainer.accelerator.is_main_process:
         return
     console.print(dump_run_config(trainer.config), markup=False, highlight=False)
-    for role, model in trainer.models.items():
-        count = sum(parameter.numel() for parameter in model.transformer.parameters())
-        state = "trained" if model.trainable else "frozen"
-        console.print(f"{role}: {count / 1e6:.2f} M parameters, {model.dtype}, {state}", highlight=False)
+    for role in trainer.models:
+        console.print(describe_role(trainer.config, role, trainer.models[role]), highlight=False)
     plan = trainer.plan
     # Assembled from what is in this file.
     from .estimating import print_dry_run_estimate
