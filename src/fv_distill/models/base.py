@@ -63,6 +63,7 @@ class ModelBase(ABC):
         self.adapter: str | None = None
         self.lora: LoraSpec | None = None
         self.switch: AdapterSwitch | None = None
+        self.is_on_base = False
         self._device: torch.device | None = None
         transformer.requires_grad_(trainable).train(trainable)
 
@@ -92,7 +93,7 @@ class ModelBase(ABC):
             flow_shift=base.flow_shift if flow_shift is None else flow_shift,
             **kwargs,
         )
-        model.switch = base.switch
+        model.switch, model.is_on_base = base.switch, True
         return model
 
     def add_lora(
