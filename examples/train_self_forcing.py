@@ -18,11 +18,8 @@ def main() -> None:
         accelerator = training.build_accelerator(config, dry_run=command_line.dry_run)
         dataset = training.build_dataset(config)
 
-        models = {
-            "student": training.build_model(config, "student"),
-            "teacher": training.build_model(config, "teacher"),
-            "critic": training.build_model(config, "critic"),
-        }
+        # Together, since roles may share a network.
+        models = training.build_models(config, ["student", "teacher", "critic"])
         method = methods.SelfForcingMethod(models, methods.SelfForcingOptions(**config.method.options))
         training.check_run(dataset, method, config)
 

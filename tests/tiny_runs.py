@@ -95,6 +95,22 @@ def self_forcing_config(model: Path, rows: Path, output_dir: Path) -> dict[str, 
     return config
 
 
+def shared_base_config(model: Path, rows: Path, output_dir: Path) -> dict[str, Any]:
+    """As `dmd2_config`, with student and critic as adapters on the teacher's weights."""
+    config = dmd2_config(model, rows, output_dir)
+    role = {"share_base_with": "teacher", "trainable": True, "lora": {"enable": True, "rank": 3}}
+    config["models"] |= {"student": {**role, "negative_prompt": "bad"}, "critic": dict(role)}
+    return config
+
+
+def shared_causal_base_config(model: Path, rows: Path, output_dir: Path) -> dict[str, Any]:
+    """The same for Self-Forcing: a causal student on a bidirectional teacher's weights."""
+    config = shared_base_config(model, rows, output_dir)
+    config["models"]["student"] |= CAUSAL
+    config["method"]["_target_"] = "fv_distill.methods.SelfForcingMethod"
+    return config
+
+
 def _training(rows: Path, output_dir: Path) -> dict[str, Any]:
     return {
         "seed": 7,

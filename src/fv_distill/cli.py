@@ -64,7 +64,9 @@ def export(words: Sequence[str]) -> None:
     """Make a diffusers directory of a training checkpoint, on one process, whatever the run's world size was."""
     parser = argparse.ArgumentParser(prog="fv-distill export", description=export.__doc__, allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", type=Path, help="a checkpoint directory of a run")
-    parser.add_argument("--output-dir", required=True, metavar="DIR", type=Path, help="the directory to write")
+    parser.add_argument(
+        "--output-dir", required=True, metavar="DIR", type=Path, help="the directory, or .safetensors file, to write"
+    )
     parser.add_argument("--config", metavar="FILE", type=Path, help="the run's YAML, instead of the checkpoint's own")
     parser.add_argument("--role", default="student", help="the role to export (default: student)")
     parser.add_argument(
@@ -73,6 +75,15 @@ def export(words: Sequence[str]) -> None:
         default=True,
         help="averaged weights, where there are any (default)",
     )
+    parser.add_argument(
+        "--format",
+        choices=["diffusers", "lora", "comfyui", "merged", "original"],
+        help="a complete diffusers directory; an adapter for load_lora_weights; the same as one file for ComfyUI; an "
+        "adapter merged into a complete directory; the complete network as one file in the original Wan's names "
+        "(default: lora for a student trained as one, unless it streams, else diffusers)",
+    )
+    parser.add_argument("--merge", dest="format", action="store_const", const="merged", help="--format merged")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the weights' own)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output directory")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     args = parser.parse_args(words)
@@ -85,7 +96,9 @@ def export(words: Sequence[str]) -> None:
             config=args.config,
             role=args.role,
             ema=args.ema,
+            dtype=args.dtype,
             overwrite=args.overwrite,
+            export_format=args.format,
         )
     console.print(f"exported {args.role} to {args.output_dir}", highlight=False, markup=False)
 

@@ -17,12 +17,8 @@ def scalar(value):
 
 def started(callback, value):
     """The callback on a student with one weight."""
-    student = SimpleNamespace(transformer=scalar(value))
-    trainer = SimpleNamespace(
-        models={"student": student},
-        accelerator=SimpleNamespace(is_fsdp2=False, prepare_model=lambda module, **_: module),
-    )
-    callback.on_before_prepare(trainer)
+    student = SimpleNamespace(transformer=scalar(value), adapter=None)
+    trainer = SimpleNamespace(models={"student": student})
     callback.on_train_start(trainer)
     return trainer, student.transformer
 
@@ -33,7 +29,7 @@ def averages(callback, values, start=0.0):
     for value in values:
         network.weight.data.fill_(value)
         callback.on_after_optimizer_step(trainer, "student")
-        seen.append(callback.module.weight.item())
+        seen.append(callback.average["weight"].item())
     return seen
 
 
@@ -57,14 +53,14 @@ def test_other_roles_do_not_tick():
     trainer, network = started(callback, 1.0)
     network.weight.data.fill_(3.0)
     callback.on_after_optimizer_step(trainer, "critic")
-    assert callback.module.weight.item() == 1.0 and callback.num_updates == 0
+    assert callback.average["weight"].item() == 1.0 and callback.num_updates == 0
 
 
 def test_the_copy_is_not_trained_and_not_tied():
     callback = EMACallback()
     _, network = started(callback, 1.0)
-    assert not callback.module.weight.requires_grad and not callback.module.training
-    assert callback.module.weight is not network.weight
+    assert not callback.average["weight"].requires_grad
+    assert callback.average["weight"].data_ptr() != network.weight.data_ptr()
 
 
 def test_the_context_swaps_and_restores_the_bits():
@@ -72,19 +68,19 @@ def test_the_context_swaps_and_restores_the_bits():
     trainer, network = started(callback, 0.1)
     network.weight.data.fill_(0.3)
     callback.on_after_optimizer_step(trainer, "student")
-    own, average = network.weight.detach().clone(), callback.module.weight.detach().clone()
+    own, average = network.weight.detach().clone(), callback.average["weight"].detach().clone()
     parameter = network.weight
     with pytest.raises(KeyError), callback.ema_context(network):
         assert torch.equal(network.weight, average) and not torch.equal(average, own)
         raise KeyError
     assert torch.equal(network.weight, own) and network.weight is parameter
-    assert torch.equal(callback.module.weight, average)
+    assert torch.equal(callback.average["weight"], average)
 
 
 def test_the_context_does_nothing_before_the_start():
     callback = EMACallback(decay=0.5, start_iter=1)
     trainer, network = started(callback, 1.0)
-    callback.module.weight.data.fill_(9.0)
+    callback.average["weight"].fill_(9.0)
     with callback.ema_context(network):
         assert network.weight.item() == 1.0
     callback.on_after_optimizer_step(trainer, "student")

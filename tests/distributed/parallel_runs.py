@@ -24,6 +24,11 @@ from fv_distill.training.sharding import unwrap
 REDUCTIONS = [name for name in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(torch.distributed, name)]
 
 
+def trained_parameters(model):
+    named = unwrap(model.transformer).named_parameters()
+    return [parameter for name, parameter in named if model.is_trained(name)]
+
+
 class Probe(Callback):
     """Notes of what each role's network is made of, and in which types it is trained."""
 
@@ -35,12 +40,12 @@ class Probe(Callback):
         self.roles = {name: self._describe(model) for name, model in trainer.models.items()}
 
     def on_before_optimizer_step(self, trainer, role, metrics):
-        parameters = unwrap(trainer.roles[role].model.transformer).parameters()
+        parameters = trained_parameters(trainer.roles[role].model)
         self.gradients[role] = sorted({str(parameter.grad.dtype) for parameter in parameters})
 
     def _describe(self, model):
         network = unwrap(model.transformer)
-        parameters = list(network.parameters())
+        parameters = trained_parameters(model) if model.trainable else list(network.parameters())
         units = [part for part in network.modules() if isinstance(part, FSDPModule)]
         policies = [unit._get_fsdp_state()._fsdp_param_group for unit in units]
         meshes = {tuple(p.device_mesh.shape) for p in parameters if isinstance(p, DTensor)}

@@ -306,7 +306,7 @@ def test_input_and_output_may_not_lie_in_each_other(ode_init, tiny_wan, tmp_path
 
 
 def test_a_failed_write_leaves_the_older_file(ode_init, tiny_wan, tmp_path, monkeypatch):
-    from fv_distill.export import convert_wan
+    from fv_distill.export import weights_file
 
     file = tmp_path / "back.safetensors"
     file.write_bytes(b"older")
@@ -315,7 +315,7 @@ def test_a_failed_write_leaves_the_older_file(ode_init, tiny_wan, tmp_path, monk
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(convert_wan, "save_file", fail)
+    monkeypatch.setattr(weights_file, "save_file", fail)
     with pytest.raises(OSError, match="no space"):
         convert_wan_to_original(tiny_wan, file, overwrite=True)
     assert file.read_bytes() == b"older"

@@ -26,19 +26,19 @@ ADAMW = {"_target_": "torch.optim.AdamW", "learning_rate": 1e-3}
 WITHOUT_ADAM = {"betas": None, "eps": None, "learning_rate": 0.01}
 
 SHADOW = """
-import copy
 from fv_distill.callbacks import Callback
 
 class Shadow(Callback):
-    def on_before_prepare(self, trainer):
-        self.module = copy.deepcopy(trainer.models["student"].transformer).requires_grad_(False)
+    def on_train_start(self, trainer):
+        weights = trainer.models["student"].transformer.state_dict()
+        self.shadow = {name: value.clone() for name, value in weights.items()}
 
     def on_training_step_end(self, trainer, metrics):
-        for parameter in self.module.parameters():
-            parameter.add_(trainer.step)
+        for value in self.shadow.values():
+            value.add_(trainer.step)
 
-    def networks(self):
-        return {"shadow": self.module}
+    def tensors(self):
+        return {"shadow": self.shadow}
 """
 
 

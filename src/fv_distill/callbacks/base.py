@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor
 
 from fv_distill.config.instantiate import instantiate, resolve_target
 
@@ -52,8 +52,11 @@ class Callback:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
 
-    def networks(self) -> dict[str, nn.Module]:
-        """Networks of the callback's own that travel in checkpoints, by name; asked for after `on_train_start`."""
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors of the callback's own that travel in checkpoints, by a name for them all and by their own.
+
+        Asked for after `on_train_start`. Not copies: what is loaded into them takes effect.
+        """
         return {}
 
 
@@ -107,19 +110,19 @@ class CallbackDict:
         """Every callback's state, by name."""
         return {name: callback.state_dict() for name, callback in self._callbacks.items()}
 
-    def networks(self) -> dict[str, nn.Module]:
-        """Every callback's networks, by their own names.
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Every callback's tensors, by their own names.
 
         Raises:
             ValueError: if two callbacks use a name.
         """
-        networks: dict[str, nn.Module] = {}
+        found: dict[str, dict[str, Tensor]] = {}
         for callback_name, callback in self._callbacks.items():
-            for name, network in callback.networks().items():
-                if name in networks:
-                    raise ValueError(f"callbacks.{callback_name}: another callback has a network named {name!r} too")
-                networks[name] = network
-        return networks
+            for name, tensors in callback.tensors().items():
+                if name in found:
+                    raise ValueError(f"callbacks.{callback_name}: another callback has tensors named {name!r} too")
+                found[name] = tensors
+        return found
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Restore the callbacks that have a state; one that is new to the run starts fresh."""

@@ -2,10 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.distributed.tensor import DTensor
-
-from fv_distill.training.sharding import unwrap
+from fv_distill.training.sharding import clip_gradients
 
 from .base import Callback
 
@@ -32,9 +29,6 @@ class GradNormClipCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: "Trainer", role: str, metrics: dict[str, Any]) -> None:
         """Clip, and report the norm."""
-        # Not accelerator.clip_grad_norm_: it looks a model up by comparing parameters and fails on the second of two
-        # networks of equal shapes.
-        parameters = unwrap(trainer.models[role].transformer).parameters()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        norm = clip_gradients(trainer.models[role], self.max_grad_norm)
         if self.log_grad_norms:
-            metrics[f"grad_norm/{role}"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            metrics[f"grad_norm/{role}"] = norm

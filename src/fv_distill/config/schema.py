@@ -1,9 +1,11 @@
 """The sections of a run's config as typed, described fields. Free of torch: `--help` reads it."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
+ExportFormat = Literal["diffusers", "lora", "comfyui", "merged", "original"]
 Scheduler = Literal["constant", "linear", "cosine", "polynomial"]
 Placement = Literal["auto", "replicated", "offloaded"]
 
@@ -23,6 +25,19 @@ class OpenSection(BaseModel):
     """A section that hands its other keys to the class that `_target_` names; its signature decides what is allowed."""
 
     model_config = ConfigDict(extra="allow", populate_by_name=True, coerce_numbers_to_str=True)
+
+
+class LoraConfig(Section):
+    """A LoRA adapter that a role trains instead of its network's weights."""
+
+    enable: bool = Field(False, description="train an adapter on the frozen network")
+    rank: int = Field(16, ge=1, description="of the adapter's two factors")
+    alpha: float | None = Field(None, gt=0, description="their product is scaled by alpha / rank; null is the rank")
+    target_modules: str | list[str] = Field(
+        "attention", description="a preset of the family (attention, all), or a list of ends of module names"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
+    dora: bool = Field(False, description="train magnitudes apart from directions (Liu et al. 2024)")
 
 
 class ModelConfig(OpenSection):
@@ -48,6 +63,10 @@ class ModelConfig(OpenSection):
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     attention_backend: str | None = Field(None, description="a diffusers attention backend, for instance flash")
     negative_prompt: str = Field("", description="what guidance's unconditional pass reads")
+    share_base_with: str | None = Field(
+        None, description="the frozen role whose network this role's LoRA adapter works on, instead of a copy"
+    )
+    lora: LoraConfig = Field(default_factory=LoraConfig)
 
     @model_validator(mode="after")
     def _placement_is_for_frozen_roles(self) -> "ModelConfig":
@@ -203,6 +222,11 @@ class PipelineConfig(Section):
     """The diffusers directory that is made of the student."""
 
     export_dir: str | None = Field(None, description="export the student here after training; null does not export")
+    export_format: Literal["diffusers", "lora", "merged"] | None = Field(
+        None,
+        description="a complete directory, an adapter for load_lora_weights, or one merged into a directory; null "
+        "is lora for a student trained as one, unless it streams, else diffusers",
+    )
     ema: bool = Field(True, description="export the averaged weights where there are any")
     push_to_hub: bool = Field(False, description="upload the export to the Hub")
     hub_model_id: str | None = Field(None, description="owner/name on the Hub")
@@ -225,6 +249,27 @@ class RunConfig(Section):
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
     allow_unknown_keys: bool = Field(False, description="warn of unknown keys instead of stopping")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _shared_bases_are_named(cls, data: Any) -> Any:
+        """A role on another's network comes from where that comes from."""
+        models = data.get("models") if isinstance(data, dict) else None
+        if not isinstance(models, dict):
+            return data
+        filled = dict(models)
+        for role, model in models.items():
+            base = models.get(model.get("share_base_with")) if isinstance(model, dict) else None
+            if isinstance(base, dict) and "init_from" in base:
+                filled[role] = {"init_from": base["init_from"], **model}
+        return {**data, "models": filled}
+
+    @model_validator(mode="after")
+    def _adapters_fit_together(self) -> "RunConfig":
+        problems = [problem for role in self.models for problem in _adapter_problems(role, self.models)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
     _source_text: str = PrivateAttr("")
 
     @property
@@ -241,3 +286,28 @@ class RunConfig(Section):
         return isinstance(other, RunConfig) and self.model_dump() == other.model_dump()
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _adapter_problems(role: str, models: dict[str, ModelConfig]) -> Iterator[str]:
+    """What contradicts itself about a role's adapter and the network that it works on."""
+    model, where = models[role], f"models.{role}"
+    if model.lora.enable and not model.trainable:
+        yield f"{where}.lora.enable is true but {where}.trainable is not; an adapter is there to be trained"
+    name = model.share_base_with
+    if name is None:
+        return
+    base = models.get(name)
+    if base is None or name == role:
+        others = ", ".join(other for other in models if other != role) or "no other"
+        yield f"{where}.share_base_with: {name!r} is no other role; the config has {others}"
+        return
+    if base.trainable or base.lora.enable or base.share_base_with is not None:
+        yield f"{where}.share_base_with: {name}, which has to be a frozen role with a network of its own"
+    if not model.lora.enable:
+        yield f"{where}.share_base_with: {name} would train that role's weights; set {where}.lora.enable: true"
+    if model.init_from != base.init_from:
+        yield f"{where}.init_from={model.init_from!r} contradicts share_base_with: {name}; leave it out"
+    own = {"weights": model.weights, "attention_backend": model.attention_backend}
+    own |= {"dtype": None if model.dtype == "auto" else model.dtype}
+    for key in (key for key, value in own.items() if value is not None):
+        yield f"{where}.{key} belongs to the shared network; set models.{name}.{key}"

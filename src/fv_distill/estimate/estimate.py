@@ -15,7 +15,7 @@ from .batch import batch_maker
 from .flops import CallCosts, ClipShape, CountedCall, average_calls
 from .layout import Layout
 from .memory import OptimizerSize, Phase, measure_optimizer, memory_phases
-from .parameters import RoleSize, measure_role
+from .parameters import RoleSize, measure_role, trained_parameters
 from .paths import NO_PATHS, TeacherPaths, measure_paths
 from .simulation import UpdatePeak, simulate_updates
 
@@ -144,14 +144,14 @@ def make_estimate(
         peaks,
         _measure_optimizers(method, optimizers, layout),
         layout=layout,
-        averaged_bytes=averaged.rank_bytes if averaged else 0,
+        averaged_bytes=averaged.trained_rank_bytes if averaged else 0,
         text_encoder_bytes=text_encoder_bytes,
         accumulation_steps=clip.accumulation_steps,
     )
     shape = ClipShape(clip.batch_size, clip.latents, clip.text)
     costs = CallCosts(method.models, shape, layout)
     calls = tuple(CountedCall(call, costs(call)) for call in average_calls(method, clip.latents[1]))
-    averaged_total = averaged.total_bytes if averaged else 0
+    averaged_total = averaged.trained_bytes if averaged else 0
     states = _measure_optimizers(method, optimizers, Layout(device_type=layout.device_type)).values()
     return Estimate(
         layout=layout,
@@ -165,7 +165,7 @@ def make_estimate(
         flops_per_step=clip.accumulation_steps * sum(c.call.count * c.cost.flops for c in calls),
         executed_flops_per_step=clip.accumulation_steps * sum(c.call.count * c.cost.executed_flops for c in calls),
         num_steps=num_steps,
-        checkpoint_bytes=sum(size.total_bytes for size in roles if size.trainable)
+        checkpoint_bytes=sum(size.trained_bytes for size in roles)
         + averaged_total
         + sum(size.state_bytes for size in states),
         num_checkpoints=keep_last,
@@ -183,7 +183,10 @@ def _paths(clip: Clip, teacher: ModelBase | None, shape: ClipShape, layout: Layo
 def _measure_optimizers(
     method: TrainingMethod, optimizers: Mapping[str, Optimizer], layout: Layout
 ) -> dict[str, OptimizerSize]:
-    return {role: measure_optimizer(optimizers[role], method.models[role].transformer, layout) for role in method.roles}
+    return {
+        role: measure_optimizer(optimizers[role], trained_parameters(method.models[role]), layout)
+        for role in method.roles
+    }
 
 
 def _measure_peaks(
@@ -212,12 +215,14 @@ def _checkpointing_flipped(method: TrainingMethod) -> Iterator[None]:
     """On where it is off, and off where it is on, in trainable roles."""
 
     def flip() -> None:
-        for role in method.roles:
-            network = _network(method, role)
+        # Roles that share a network share this too.
+        models = {id(method.models[role].transformer): method.models[role] for role in method.roles}
+        for model in models.values():
+            network: Any = model.transformer
             if network.is_gradient_checkpointing:
                 network.disable_gradient_checkpointing()
             else:
-                network.enable_gradient_checkpointing()
+                model.enable_gradient_checkpointing()
 
     flip()
     try:

@@ -50,15 +50,15 @@ class OptimizerSize:
     step_bytes: int
 
 
-def measure_optimizer(optimizer: Optimizer, network: nn.Module, layout: Layout) -> OptimizerSize:
-    """The states of an optimizer over a network on the meta device, by letting it step once.
+def measure_optimizer(optimizer: Optimizer, trained: Sequence[nn.Parameter], layout: Layout) -> OptimizerSize:
+    """The states of an optimizer over parameters on the meta device, by letting it step once.
 
     On a GPU torch's optimizers step all weights at once and hold one temporary copy of their size meanwhile (the
     `foreach` implementation); on a CPU they go weight by weight.
     """
     if not optimizer.state:
-        for parameter in network.parameters():
-            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
         optimizer.step()
     states = 0
     for key, state in optimizer.state.items():
@@ -66,7 +66,6 @@ def measure_optimizer(optimizer: Optimizer, network: nn.Module, layout: Layout) 
         tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
         # Scalars such as step counters are on every process.
         states += sum(round(tensor_bytes([t]) * (share if t.ndim else 1)) for t in tensors)
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     sizes = [rank_share(parameter, layout) * parameter.element_size() for parameter in trained]
     for parameter in trained:
         parameter.grad = None
@@ -116,7 +115,7 @@ def memory_phases(
             **_gathered(roles, size, layout),
         }
         if layout.is_sharded and accumulation_steps > 1:
-            passing["gradients kept whole"] = size.parameters * _FP32
+            passing["gradients kept whole"] = size.trained_bytes
         phases.append(Phase(f"{peak.role} update", {**kept, **passing}))
         step = {"gradients": size.gradient_bytes, "optimizer step": optimizers[peak.role].step_bytes}
         phases.append(Phase(f"{peak.role} optimizer step", {**kept, **step}))

@@ -17,10 +17,12 @@ class RoleSize:
     """One role's network.
 
     Attributes:
-        parameters: their number.
+        parameters: their number; of a role on another's network only its adapter's.
         dtype: of the weights that a process keeps.
         total_bytes: of these weights, whole.
         rank_bytes: of what a process keeps of them.
+        trained_bytes: of those that are trained, whole.
+        trained_rank_bytes: of what a process keeps of these.
         gradient_bytes: of what a process keeps of its gradients; 0 for a frozen role.
         block_parameters: of the largest block that sharding gathers at once.
         root_parameters: of all that is in no block, and stays gathered while a step runs.
@@ -32,6 +34,8 @@ class RoleSize:
     dtype: torch.dtype
     total_bytes: int
     rank_bytes: int
+    trained_bytes: int
+    trained_rank_bytes: int
     gradient_bytes: int
     block_parameters: int
     root_parameters: int
@@ -40,25 +44,45 @@ class RoleSize:
 def measure_role(role: str, model: ModelBase, layout: Layout) -> RoleSize:
     """The sizes of an adapter's network, which may be on the meta device."""
     network = model.transformer
-    parameters = list(network.parameters())
-    count = sum(parameter.numel() for parameter in parameters)
-    found = find_blocks(network)
+    trained = trained_parameters(model)
+    held = trained if model.is_on_base else _with_own_adapter(model)
+    count = sum(parameter.numel() for parameter in held)
+    found = None if model.is_on_base else find_blocks(network)
     blocks = [_count(block) for block in found[1]] if found is not None else []
     # Accelerate upcasts what is trained under mixed precision (FSDP2); the config loads it in float32 anyway.
-    dtype = torch.float32 if model.trainable and layout.mixed_precision == "bf16" else model.dtype
-    sizes = [(parameter, _itemsize(parameter, model, dtype)) for parameter in parameters]
-    rank_bytes = sum(rank_share(parameter, layout) * size for parameter, size in sizes)
+    is_upcast = model.trainable and model.adapter is None and layout.mixed_precision == "bf16"
+    dtype = torch.float32 if is_upcast else model.dtype
+
+    def total(parameters: list[nn.Parameter], *, share: bool) -> int:
+        counts = [rank_share(parameter, layout) if share else parameter.numel() for parameter in parameters]
+        sizes = [_itemsize(parameter, model, dtype) for parameter in parameters]
+        return sum(number * size for number, size in zip(counts, sizes, strict=True))
+
+    trained_rank_bytes = total(trained, share=True)
     return RoleSize(
         role=role,
         trainable=model.trainable,
         parameters=count,
         dtype=dtype,
-        total_bytes=sum(parameter.numel() * size for parameter, size in sizes),
-        rank_bytes=rank_bytes,
-        gradient_bytes=rank_bytes if model.trainable else 0,
+        total_bytes=total(held, share=False),
+        rank_bytes=total(held, share=True),
+        trained_bytes=total(trained, share=False),
+        trained_rank_bytes=trained_rank_bytes,
+        gradient_bytes=trained_rank_bytes,
         block_parameters=max(blocks, default=0),
-        root_parameters=count - sum(blocks),
+        root_parameters=0 if model.is_on_base else count - sum(blocks),
     )
+
+
+def trained_parameters(model: ModelBase) -> list[nn.Parameter]:
+    """Those that the role's optimizer updates."""
+    return [parameter for name, parameter in model.transformer.named_parameters() if model.is_trained(name)]
+
+
+def _with_own_adapter(model: ModelBase) -> list[nn.Parameter]:
+    """A network's parameters without the adapters of other roles."""
+    named = model.transformer.named_parameters()
+    return [parameter for name, parameter in named if ".lora_" not in name or model.is_trained(name)]
 
 
 def rank_share(parameter: Tensor, layout: Layout) -> int:
@@ -75,7 +99,7 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _itemsize(parameter: Tensor, model: ModelBase, dtype: torch.dtype) -> int:
-    return dtype.itemsize if model.trainable else parameter.element_size()
+    return dtype.itemsize if model.trainable and model.adapter is None else parameter.element_size()
 
 
 def _count(module: nn.Module) -> int:

@@ -63,7 +63,7 @@ def simulate_updates(
         layout: decides the types that networks compute in, and what becomes of gradients.
         accumulation_steps: micro-batches per step; of more than two, two tell all.
     """
-    networks = [model.transformer for model in method.models.values()]
+    networks = distinct_networks(method.models)
     # The second differs from the first in that it meets gradients, which sharded networks' are accounted for elsewhere.
     num_batches = 1 if layout.is_sharded else min(accumulation_steps, 2)
     micro_batches = [make_batch(index) for index in range(num_batches)]
@@ -79,10 +79,15 @@ def simulate_updates(
         return _worst(_deepened(method, *runs))
 
 
+def distinct_networks(models: Mapping[str, ModelBase]) -> list[nn.Module]:
+    """Every network once, however many roles share it."""
+    return list({id(model.transformer): model.transformer for model in models.values()}.values())
+
+
 def _make_masks(method: TrainingMethod, batch: dict[str, Any], layout: Layout) -> None:
     """Have masks made, which a network's first pass makes and keeps: those of a GPU take next to no memory."""
     spans = {call.span for call in method.network_calls(method.update_cycle, batch["latent_shape"][1])}
-    networks = [model.transformer for model in method.models.values()]
+    networks = distinct_networks(method.models)
     if "chunk" not in spans:
         with cut_to(networks, 1) if can_be_cut(networks) else nullcontext():
             _run(method, [batch], layout)
@@ -91,7 +96,7 @@ def _make_masks(method: TrainingMethod, batch: dict[str, Any], layout: Layout) -
 def _run(method: TrainingMethod, micro_batches: list[dict[str, Any]], layout: Layout) -> list[_Segment]:
     """One step as the trainer makes it, cut into segments."""
     networks = {role: model.transformer for role, model in method.models.items()}
-    known = [t for network in networks.values() for t in (*network.parameters(), *network.buffers())]
+    known = [t for network in distinct_networks(method.models) for t in (*network.parameters(), *network.buffers())]
     is_autocast = layout.mixed_precision == "bf16"
     autocast = [network for role, network in networks.items() if is_autocast and method.models[role].trainable]
     step, segments = method.update_cycle, []
@@ -103,7 +108,10 @@ def _run(method: TrainingMethod, micro_batches: list[dict[str, Any]], layout: La
                 segments.append(_Segment(role, live.start_segment()))
 
             live.start_segment()
-            with _boundaries(networks.values(), end_segment), _gradients_marked(networks[role], live, layout):
+            with (
+                _boundaries(distinct_networks(method.models), end_segment),
+                _gradients_marked(networks[role], live, layout),
+            ):
                 for batch in micro_batches:
                     rng = MetaRng(0, step, batch["sample_index"], "meta")
                     for term in method.losses(role, batch, rng):
@@ -180,7 +188,7 @@ def _computing_as(models: Mapping[str, ModelBase], layout: Layout) -> Iterator[N
                 kwargs[name] = value.to(torch.bfloat16)
         return args, kwargs
 
-    networks = [model.transformer for model in models.values()]
+    networks = distinct_networks(models)
     parameters = [parameter for network in networks for parameter in network.parameters()]
     kept = [parameter.data for parameter in parameters]
     handles = [network.register_forward_pre_hook(lower, with_kwargs=True) for network in networks]

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = attach(
         "convert": ["convert"],
         "convert_wan": ["causal_info", "convert_wan_checkpoint", "convert_wan_to_original"],
         "diffusers_dir": ["StudentInfo", "export_diffusers_directory"],
+        "lora_file": ["LoraWeights", "export_lora_directory", "merge_lora", "write_comfyui_lora"],
         "hub": ["push_directory"],
         "scheduler": ["few_step_scheduler"],
         "wan_checkpoint": ["OriginalCheckpoint", "read_original_checkpoint"],

@@ -1,16 +1,25 @@
 """From a training checkpoint to a diffusers directory: the `fv-distill export` command."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fv_distill.config.load import load_run_config
+from fv_distill.config.schema import ExportFormat
 from fv_distill.console import console
+from fv_distill.lora import LoraSpec
 from fv_distill.models.pretrained import parse_dtype, resolve_directory
 
 from .call_arguments import training_call_arguments
 from .checkpoint_weights import load_role_weights, read_checkpoint_metadata
-from .diffusers_dir import StudentInfo, export_diffusers_directory
+from .diffusers_dir import StudentInfo, build_transformer, export_diffusers_directory
+from .lora_file import LoraWeights, export_lora_directory, merge_lora, write_comfyui_lora
+from .wan_keys import convert_state_dict_to_original
+from .weights_file import check_output_file, write_weights_file
 
 
 def convert(
@@ -22,22 +31,28 @@ def convert(
     ema: bool = True,
     dtype: str | None = None,
     overwrite: bool = False,
+    export_format: ExportFormat | None = None,
 ) -> Path:
-    """Make a diffusers directory of one role of a training checkpoint, on one process.
+    """Make one role of a training checkpoint useful elsewhere, on one process.
 
     Args:
         checkpoint: a complete checkpoint of a run of any world size.
-        output_dir: the directory to write.
+        output_dir: the directory to write, or the `.safetensors` file for the formats `comfyui` and `original`.
         config: the run's YAML, where its model directories have moved since; None reads the checkpoint's own.
         role: which network.
         ema: the student's averaged weights, if the checkpoint has them.
         dtype: "float32", "bfloat16" or "float16" for the written transformer; None keeps the weights' own.
-        overwrite: replace an existing output directory.
+        overwrite: replace an existing output.
+        export_format: "diffusers", a complete directory; "lora", an adapter for `pipe.load_lora_weights`; "comfyui",
+            the same in the original Wan's names; "merged", a complete directory with the adapter in its weights;
+            "original", the complete network in the original Wan's names. None is "lora" for an adapter of a network
+            that stock pipelines sample, else a complete directory.
 
     Raises:
         FileNotFoundError: if the checkpoint is incomplete or the base model isn't there.
         FileExistsError: if the output directory isn't empty and `overwrite` is off.
-        ValueError: if the checkpoint has no such role, or the weights don't fit the base model.
+        ValueError: if the checkpoint has no such role, its weights don't fit the base model, or it is no adapter and
+            the format is one of an adapter.
     """
     metadata = read_checkpoint_metadata(checkpoint)
     if role == "ema" or role not in metadata["models"]:
@@ -66,9 +81,40 @@ def convert(
         hub_model_id=pipeline["hub_model_id"] if pipeline["push_to_hub"] else None,
     )
     weights = load_role_weights(checkpoint, "ema" if averaged else role)
-    return export_diffusers_directory(
-        output_dir, weights, info, dtype=None if dtype is None else parse_dtype(dtype), overwrite=overwrite
-    )
+    spec = metadata["lora"].get(role)
+    lora = None if spec is None else LoraWeights(weights, LoraSpec(**spec))
+    if export_format is None:
+        export_format = "lora" if lora is not None and info.causal is None else "diffusers"
+    return _write(Path(output_dir), weights, lora, info, export_format, dtype=dtype, overwrite=overwrite)
+
+
+def _write(
+    output: Path,
+    weights: Mapping[str, Tensor],
+    lora: LoraWeights | None,
+    info: StudentInfo,
+    export_format: ExportFormat,
+    *,
+    dtype: str | None,
+    overwrite: bool,
+) -> Path:
+    to_dtype = None if dtype is None else parse_dtype(dtype)
+    if export_format in ("lora", "comfyui", "merged") and lora is None:
+        raise ValueError(f"--format {export_format}, but this role was trained whole and is no LoRA; use diffusers")
+    if lora is not None and export_format in ("lora", "comfyui"):
+        if to_dtype is not None:
+            lora = replace(lora, weights={key: value.to(to_dtype) for key, value in lora.weights.items()})
+        if export_format == "comfyui":
+            return write_comfyui_lora(output, lora, overwrite=overwrite)
+        return export_lora_directory(output, lora, replace(info, lora=asdict(lora.spec)), overwrite=overwrite)
+    if export_format == "original":
+        check_output_file(output, overwrite=overwrite)
+    if lora is not None:
+        weights = merge_lora(info.base_model, lora)
+    if export_format != "original":
+        return export_diffusers_directory(output, weights, info, dtype=to_dtype, overwrite=overwrite)
+    transformer = build_transformer(resolve_directory(info.base_model), weights, dtype=to_dtype)
+    return write_weights_file(output, convert_state_dict_to_original(transformer.state_dict()))
 
 
 def read_student_info(directory: str | Path) -> dict[str, Any]:

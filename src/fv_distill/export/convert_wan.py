@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fv_distill.console import console
@@ -23,6 +22,7 @@ from .diffusers_dir import (
 )
 from .wan_checkpoint import OriginalCheckpoint, read_original_checkpoint, read_safetensors_directory
 from .wan_keys import convert_state_dict, convert_state_dict_to_original, to_original_key
+from .weights_file import check_output_file, write_weights_file
 
 _NETWORK_CLASS = "WanTransformer3DModel"
 
@@ -175,16 +175,7 @@ def convert_wan_to_original(
         check_weights_fit(transformer.state_dict(), weights)
     except ValueError as error:
         raise ValueError(f"{directory / component}: {error}") from error
-    original = convert_state_dict_to_original(cast_weights(transformer, weights, to_dtype))
-    output_file.parent.mkdir(parents=True, exist_ok=True)
-    partial = output_file.with_name(f".{output_file.name}.incomplete")
-    try:
-        # The format tag is what transformers and diffusers look for in a file that torch wrote.
-        save_file(original, partial, metadata={"format": "pt"})
-        partial.replace(output_file)
-    finally:
-        partial.unlink(missing_ok=True)
-    return output_file
+    return write_weights_file(output_file, convert_state_dict_to_original(cast_weights(transformer, weights, to_dtype)))
 
 
 def _check_component(directory: Path, component: str) -> None:
@@ -197,12 +188,9 @@ def _check_component(directory: Path, component: str) -> None:
 
 
 def _check_output_file(output_file: Path, directory: Path, *, overwrite: bool) -> None:
-    if output_file.suffix != ".safetensors":
-        raise ValueError(f"the output {output_file} must be a .safetensors file")
+    check_output_file(output_file, overwrite=overwrite)
     if directory.resolve() in output_file.resolve().parents:
         raise ValueError(f"the output {output_file} lies in the model's directory {directory}; write it elsewhere")
-    if output_file.is_dir() or (output_file.exists() and not overwrite):
-        raise FileExistsError(f"{output_file} exists; choose another name or replace a file with --overwrite")
 
 
 def _tell_choice(checkpoint: Path, original: OriginalCheckpoint) -> None:

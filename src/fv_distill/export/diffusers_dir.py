@@ -35,6 +35,7 @@ class StudentInfo:
         call: further arguments of the pipeline's call: size, frames, text length.
         versions: of the libraries that trained it.
         hub_model_id: where the export is going to be uploaded; the card's snippet then loads it from there.
+        lora: the adapter's rank, alpha, targets and kind, if this is one to be loaded onto the base model.
     """
 
     base_model: str
@@ -47,6 +48,7 @@ class StudentInfo:
     call: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     hub_model_id: str | None = None
+    lora: dict[str, Any] | None = None
 
     @property
     def pipeline_call(self) -> dict[str, Any]:
@@ -113,12 +115,20 @@ def pipeline_directory(
         component: the pipeline's name for it.
         skipped: further names of the base directory that are not copied.
     """
+    names = [component, *skipped, INFO_FILE, "README.md", ".cache", ".git*"]
+    with replaced_directory(output_dir) as partial:
+        shutil.copytree(base, partial, ignore=shutil.ignore_patterns(*names), dirs_exist_ok=True)
+        cast(Any, transformer).save_pretrained(partial / component)
+        yield partial
+
+
+@contextmanager
+def replaced_directory(output_dir: Path) -> Iterator[Path]:
+    """An empty directory to write into, which gets its final name, and replaces what has it, if the block ends well."""
     partial = output_dir.with_name(f"{output_dir.name}.incomplete")
     shutil.rmtree(partial, ignore_errors=True)
-    names = [component, *skipped, INFO_FILE, "README.md", ".cache", ".git*"]
     try:
-        shutil.copytree(base, partial, ignore=shutil.ignore_patterns(*names))
-        cast(Any, transformer).save_pretrained(partial / component)
+        partial.mkdir(parents=True)
         yield partial
     except BaseException:
         # A full disk is the likely reason, and half a directory of some 60 GB no use on it.
@@ -127,8 +137,10 @@ def pipeline_directory(
     _replace(output_dir, partial)
 
 
-def check_output(output_dir: Path, base: Path, *, overwrite: bool) -> None:
-    """Refuse to write where something would be lost.
+def check_output(
+    output_dir: Path, base: Path, *, overwrite: bool, ours: Collection[str] = ("model_index.json",)
+) -> None:
+    """Refuse to write where something would be lost; a directory with one of the files `ours` is an earlier export.
 
     Raises:
         FileExistsError: if the directory isn't empty, and `overwrite` is off or it is no diffusers directory.
@@ -146,7 +158,7 @@ def check_output(output_dir: Path, base: Path, *, overwrite: bool) -> None:
         raise FileExistsError(
             f"{output_dir} is not empty; choose another directory or replace it with --overwrite (overwrite=True)"
         )
-    if not (output_dir / "model_index.json").is_file():
+    if not any((output_dir / name).is_file() for name in ours):
         # A mistyped path must not cost somebody a directory of other things.
         raise FileExistsError(f"{output_dir} holds something else than an export, which is not overwritten; remove it")
 

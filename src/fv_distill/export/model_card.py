@@ -86,6 +86,19 @@ def sampling_snippet(info: "StudentInfo", *, name: str) -> str:
         )
     call = {"prompt": "a cat walks through snow", **info.pipeline_call}
     lines = [f"    {key}={value!r}," for key, value in call.items()]
+    loading = [f'pipe = DiffusionPipeline.from_pretrained("{name}", dtype=dtype).to(device)']
+    if info.lora is not None:
+        loading = [
+            f'pipe = DiffusionPipeline.from_pretrained("{info.base_model}", dtype=dtype).to(device)',
+            f'pipe.load_lora_weights("{name}")',
+        ]
+        if info.sigmas is not None:
+            scheduler = f'FlowMatchEulerDiscreteScheduler.from_pretrained("{name}", subfolder="scheduler")'
+            loading = [
+                "from diffusers import FlowMatchEulerDiscreteScheduler",
+                *loading,
+                f"pipe.scheduler = {scheduler}",
+            ]
     return "\n".join(
         [
             "import torch",
@@ -93,7 +106,7 @@ def sampling_snippet(info: "StudentInfo", *, name: str) -> str:
             "from diffusers.utils import export_to_gif",
             "",
             'device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)',
-            f'pipe = DiffusionPipeline.from_pretrained("{name}", dtype=dtype).to(device)',
+            *loading,
             "torch.manual_seed(0)",
             "result = pipe(",
             *lines,

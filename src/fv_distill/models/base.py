@@ -6,11 +6,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from fv_distill.lora import AdapterSwitch, LoraSpec, inject_lora, is_lora_parameter
 from fv_distill.schedules import flow
 from fv_distill.schedules.timesteps import score_sigma
 
@@ -34,6 +35,8 @@ class ModelBase(ABC):
     """
 
     required_channels: ClassVar[tuple[str, ...]] = ("text",)
+    # Names for ends of module names, for `models.<role>.lora.target_modules`.
+    lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def __init__(
         self,
@@ -56,8 +59,114 @@ class ModelBase(ABC):
         # diffusers' property, not the first parameter: some of a bf16 network's modules stay in fp32.
         self.dtype: torch.dtype = cast(Any, transformer).dtype
         self._prompts: dict[str, Conditioning] = {}
+        # The role's LoRA adapter; None is the network as it is. Roles that share a network share its switch.
+        self.adapter: str | None = None
+        self.lora: LoraSpec | None = None
+        self.switch: AdapterSwitch | None = None
+        self.is_on_base = False
         self._device: torch.device | None = None
         transformer.requires_grad_(trainable).train(trainable)
+
+    # Adapters on a network, of this role alone or shared with others
+
+    @classmethod
+    def on_base(cls, base: "ModelBase", *, flow_shift: float | None = None, **kwargs: Any) -> Self:
+        """A role on the frozen network of another, which `add_lora` then sets apart; all such before any adapter.
+
+        Args:
+            base: the role whose network it is.
+            flow_shift: None is the base's.
+            kwargs: further arguments of the class, without `transformer`, `directory` and `trainable`.
+
+        Raises:
+            ValueError: if the base's network is trained itself or already has adapters.
+        """
+        if base.trainable or base.adapter is not None:
+            raise ValueError(
+                "the base of other roles has to stay as it is: it can neither be trainable nor have a LoRA"
+            )
+        if base.switch is None:
+            base.switch = AdapterSwitch(base.transformer, resting=None)
+        model = cls(
+            base.transformer,
+            directory=base.directory,
+            flow_shift=base.flow_shift if flow_shift is None else flow_shift,
+            **kwargs,
+        )
+        model.switch, model.is_on_base = base.switch, True
+        return model
+
+    def add_lora(
+        self,
+        adapter: str,
+        *,
+        rank: int,
+        alpha: float | None = None,
+        target_modules: str | Sequence[str] = "attention",
+        rslora: bool = False,
+        dora: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Train a LoRA adapter of this role instead of the network; see `inject_lora`.
+
+        Args:
+            adapter: its name, the role's.
+            rank: see `LoraSpec`.
+            alpha: see `LoraSpec`; None is the rank.
+            target_modules: one of the family's `lora_presets`, or ends of module names.
+            rslora: see `LoraSpec`.
+            dora: see `LoraSpec`.
+            seed: of its start.
+
+        Raises:
+            ValueError: for an unknown preset, or targets that match nothing.
+        """
+        if self.switch is None:
+            self.transformer.requires_grad_(False)
+        spec = LoraSpec(
+            rank, rank if alpha is None else alpha, self._lora_targets(target_modules), rslora=rslora, dora=dora
+        )
+        inject_lora(self.transformer, adapter, spec, seed=seed)
+        if self.switch is None:
+            self.switch = AdapterSwitch(self.transformer, resting=adapter)
+        else:
+            # The student is what a pipeline sees that knows of no roles.
+            if self.switch.current is None or adapter == "student":
+                self.switch.current = adapter
+            self.switch.refresh()
+        self.adapter, self.lora, self.trainable = adapter, spec, True
+        self.transformer.train()
+
+    def _lora_targets(self, targets: str | Sequence[str]) -> tuple[str, ...]:
+        if not isinstance(targets, str):
+            return tuple(targets)
+        if targets not in self.lora_presets:
+            raise ValueError(
+                f"target_modules={targets!r} is no preset of {type(self).__name__}; it has "
+                f"{', '.join(self.lora_presets) or 'none'}, or give a list of module names"
+            )
+        return self.lora_presets[targets]
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, under the adapter of the forward pass."""
+        network = cast(Any, self.transformer)
+        if self.switch is None:
+            network.enable_gradient_checkpointing()
+        else:
+            network.enable_gradient_checkpointing(self.switch.checkpoint)
+
+    def is_trained(self, name: str) -> bool:
+        """Whether an optimizer of this role updates the network's parameter of that name."""
+        if not self.trainable:
+            return False
+        return self.adapter is None or is_lora_parameter(name, self.adapter)
+
+    def call_network(self, **kwargs: Any) -> Any:
+        """The network's forward pass, with this role's adapter and no other."""
+        if self.switch is None:
+            return self.transformer(**kwargs)
+        with self.switch.using(self.adapter):
+            return self.transformer(**kwargs)
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
@@ -25,6 +25,11 @@ class WanModel(ModelBase):
 
     The arguments are those of `ModelBase`; use `WanModel.from_pretrained` for a diffusers directory.
     """
+
+    lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+        "all": ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"),
+    }
 
     def __init__(self, transformer: nn.Module, *, directory: str | Path, **kwargs: Any) -> None:
         super().__init__(transformer, directory=directory, **kwargs)
@@ -91,7 +96,7 @@ class WanModel(ModelBase):
             _, patch_height, patch_width = self.network_config.patch_size
             tokens_per_frame = (x_t.shape[3] // patch_height) * (x_t.shape[4] // patch_width)
             timestep = timestep.repeat_interleave(tokens_per_frame, dim=1)
-        (velocity,) = self.transformer(
+        (velocity,) = self.call_network(
             hidden_states=x_t.to(self.dtype),
             timestep=timestep,
             encoder_hidden_states=conditioning.text.to(self.dtype),

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from .base import CausalModelBase
+from .base import CausalModelBase, ModelBase
 from .conditioning import Conditioning
 from .kv_cache import KVCache
 from .pretrained import read_flow_shift, resolve_directory
+from .transformers.block_causal import ChunkLayout
 from .transformers.wan_causal import CausalWanTransformer3DModel
 from .wan import WanModel, load_text_to_video
 from .wan_streaming_decode import WanStreamingDecoder
@@ -31,6 +32,15 @@ class CausalWanModel(CausalModelBase, WanModel):
         super().__init__(transformer, directory=directory, **kwargs)
         # Stock pipelines call the network without an adapter, in validation for instance: it knows its chunks itself.
         transformer.layout = self.layout
+
+    @classmethod
+    def on_base(cls, base: ModelBase, **kwargs: Any) -> Self:
+        """See `ModelBase.on_base`; the base's network is made able to see in chunks, and still sees whole clips."""
+        CausalWanTransformer3DModel.convert(base.transformer)
+        model = super().on_base(base, **kwargs)
+        # The other roles, and whoever knows of none, see whole clips.
+        cast(CausalWanTransformer3DModel, base.transformer).layout = ChunkLayout()
+        return model
 
     @classmethod
     def from_pretrained(
@@ -176,7 +186,8 @@ class CausalWanModel(CausalModelBase, WanModel):
 
     def _velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, **options: Any) -> Tensor:
         assert conditioning.text is not None, "Wan has no network without text; see required_channels"
-        (velocity,) = self.transformer(
+        (velocity,) = self.call_network(
+            layout=self.layout,
             hidden_states=latents.to(self.dtype),
             timestep=1000 * sigma,
             encoder_hidden_states=conditioning.text.to(self.dtype),

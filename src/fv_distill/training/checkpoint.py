@@ -7,13 +7,14 @@ All random numbers and the data order follow from the step, so neither is saved.
 import json
 import re
 import shutil
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import Tensor
 
 from fv_distill.config.load import dump_run_config
 from fv_distill.export.checkpoint_weights import (
@@ -26,7 +27,7 @@ from fv_distill.export.checkpoint_weights import (
 from fv_distill.models.base import CausalModelBase
 
 from .checkpoint_save import PendingSave, reasons, start_save
-from .checkpoint_state import network_tensors, optimizer_facts, optimizer_tensors, restore_optimizer
+from .checkpoint_state import optimizer_facts, optimizer_tensors, restore_optimizer, role_tensors
 from .checkpoint_storage import INCOMPLETE, ChunkReader, remove_leftovers
 
 if TYPE_CHECKING:
@@ -198,20 +199,22 @@ class CheckpointManager:
     def _path(self) -> Path:
         return self.folder / f"step-{self.trainer.step:08d}"
 
-    def _networks(self) -> dict[str, nn.Module]:
-        roles = {name: role.model.transformer for name, role in self.trainer.roles.items()}
-        return roles | self.trainer.callbacks.networks()
+    def _weights(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of the trained roles, and what callbacks keep beside them."""
+        models = {name: role.model for name, role in self.trainer.roles.items()}
+        roles = {name: role_tensors(model.transformer, model.adapter) for name, model in models.items()}
+        return roles | self.trainer.callbacks.tensors()
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """All groups of a checkpoint; the tensors are the run's own."""
-        groups = {name: network_tensors(module) for name, module in self._networks().items()}
+        groups = self._weights()
         for name, role in self.trainer.roles.items():
             groups[_optimizer_group(name)] = optimizer_tensors(role.model.transformer, role.optimizer)
         return groups
 
     def _load(self, path: Path, metadata: dict[str, Any]) -> None:
         stored = read_stored_tensors(path)
-        groups = {name: network_tensors(module) for name, module in self._networks().items()}
+        groups = self._weights()
         for name, tensors in groups.items():
             _check_same_tensors(path, name, tensors, stored[name])
         for name, role in self.trainer.roles.items():
@@ -236,10 +239,10 @@ class CheckpointManager:
                 self._checked.add(name)
 
     def _check_compatible(self, path: Path, metadata: dict[str, Any]) -> None:
-        if sorted(metadata["models"]) != sorted(self._networks()):
+        if sorted(metadata["models"]) != sorted(self._weights()):
             raise ValueError(
                 f"{path} holds the networks {', '.join(metadata['models'])}, this run has "
-                f"{', '.join(self._networks())}; use the same method and callbacks to resume"
+                f"{', '.join(self._weights())}; use the same method and callbacks to resume"
             )
         if metadata["global_batch_size"] != self.trainer.plan.global_batch_size:
             raise ValueError(
@@ -261,10 +264,11 @@ class CheckpointManager:
             "global_batch_size": trainer.plan.global_batch_size,
             "world_size": trainer.accelerator.num_processes,
             "sharded": trainer.accelerator.is_fsdp2,
-            "models": list(self._networks()),
+            "models": list(self._weights()),
             "optimizers": {
                 name: optimizer_facts(role.model.transformer, role.optimizer) for name, role in trainer.roles.items()
             },
+            "lora": {name: asdict(lora) for name, role in trainer.roles.items() if (lora := role.model.lora)},
             "few_step": few_step,
             "causal": self._streaming(),
             "latent_shape": list(trainer.latent_shape),

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fv_distill.export.checkpoint_weights import StoredTensor
+from fv_distill.lora import is_lora_parameter, lora_key
 
 from .sharding import reshard, unwrap
 
@@ -22,8 +23,19 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 _PARAMS = "params"
 
 
+def role_tensors(network: nn.Module, adapter: str | None) -> dict[str, Tensor]:
+    """What a role's checkpoint holds: its network's tensors, or its adapter's by their names in LoRA files.
+
+    Not copies, so that what is loaded into them takes effect.
+    """
+    if adapter is None:
+        return network_tensors(network)
+    named = _parameters(network).items()
+    return {lora_key(name, adapter): value.detach() for name, value in named if is_lora_parameter(name, adapter)}
+
+
 def network_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A network's weights and persistent buffers by name; not copies, so that what is loaded into them takes effect.
+    """A network's weights and persistent buffers by name; not copies.
 
     Raises:
         ValueError: if the network's state holds something else than tensors.

@@ -15,6 +15,7 @@ from fv_distill.console import console
 from fv_distill.data.parquet import ParquetDataset
 from fv_distill.estimate.estimate import Clip, Device, Estimate, make_estimate
 from fv_distill.estimate.layout import Layout, read_layout
+from fv_distill.estimate.parameters import trained_parameters
 from fv_distill.estimate.published import config_directory
 from fv_distill.estimate.report import as_json, print_estimate
 from fv_distill.estimate.text_encoder import measure_text_encoder
@@ -190,9 +191,7 @@ def _trajectories(config: RunConfig) -> TrajectoryOptions | None:
 def _optimizers(method: TrainingMethod, config: RunConfig) -> dict[str, Any]:
     options = config.training.optimizer.as_kwargs()
     return {
-        role: build_optimizer(
-            method.models[role].transformer.parameters(), {**options, **method.optimizer_overrides(role)}
-        )
+        role: build_optimizer(trained_parameters(method.models[role]), {**options, **method.optimizer_overrides(role)})
         for role in method.roles
     }
 

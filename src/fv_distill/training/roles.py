@@ -12,7 +12,7 @@ from fv_distill.methods.base import TrainingMethod
 from fv_distill.models.base import ModelBase
 
 from .optim import LearningRate, build_optimizer
-from .sharding import prepare_frozen, prepare_trainable
+from .sharding import local_parameters, prepare_adapted, prepare_frozen, prepare_trainable
 
 
 @dataclass
@@ -51,6 +51,9 @@ def prepare_roles(
     Trainable roles come first, in the method's order. `placements` has one for each frozen role.
     """
     roles = {}
+    adapted = _by_network(method.models)
+    for models in adapted.values():
+        prepare_adapted(accelerator, models)
     for name in method.roles:
         model = method.models[name]
         options = {**optimizer_options, **method.optimizer_overrides(name)}
@@ -62,9 +65,22 @@ def prepare_roles(
             min_ratio=options["lr_min_ratio"],
             power=options["lr_power"],
         )
-        optimizer = build_optimizer(model.transformer.parameters(), options)
-        roles[name] = Role(name, model, prepare_trainable(accelerator, model, optimizer), rate)
+        if model.adapter is None:
+            optimizer = build_optimizer(model.transformer.parameters(), options)
+            optimizer = prepare_trainable(accelerator, model, optimizer)
+        else:
+            optimizer = build_optimizer(local_parameters(model).values(), options)
+        roles[name] = Role(name, model, optimizer, rate)
     for name, model in method.models.items():
-        if name not in roles:
+        if name not in roles and model.switch is None:
             prepare_frozen(accelerator, model, placements[name])
     return roles
+
+
+def _by_network(models: Mapping[str, ModelBase]) -> dict[int, list[ModelBase]]:
+    """The roles that train adapters, and those that share their networks, by network."""
+    found: dict[int, list[ModelBase]] = {}
+    for model in models.values():
+        if model.switch is not None:
+            found.setdefault(id(model.transformer), []).append(model)
+    return found

@@ -101,6 +101,26 @@ def prepare_trainable(accelerator: Accelerator, model: ModelBase, optimizer: Opt
     return optimizer
 
 
+def prepare_adapted(accelerator: Accelerator, models: Sequence[ModelBase]) -> None:
+    """Place a frozen network on which one or several roles train adapters; their optimizers are built afterwards.
+
+    Several roles make DDP's wrapper useless: it waits for gradients of all adapters, and only one's are coming.
+    `reduce_gradients` does its work. `accelerator.prepare` knows one optimizer per network.
+    """
+    network = models[0].transformer
+    assert all(model.transformer is network for model in models), "roles of one network"
+    _wrap_blocks_by_network(accelerator)
+    if accelerator.is_fsdp2:
+        network = fsdp2_prepare_model(accelerator, network)
+        _cast_inputs_where_sharded(accelerator, network)
+    else:
+        # "Evaluation": on its device and under autocast, without DDP.
+        network = accelerator.prepare_model(network, evaluation_mode=True)
+    for model in models:
+        model.compute_on(accelerator.device)
+        model.transformer = network
+
+
 def prepare_frozen(accelerator: Accelerator, model: ModelBase, placement: Placement = "auto") -> None:
     """Place a network without an optimizer, which `accelerator.prepare` refuses under FSDP2.
 
@@ -143,14 +163,6 @@ def _kept_in_host_memory(accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         plugin.cpu_offload = policy
-
-
-def prepare_averaged(accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    """Place or shard an EMA copy."""
-    if accelerator.is_fsdp2:
-        _wrap_blocks_by_network(accelerator)
-        module = fsdp2_prepare_model(accelerator, module)
-    return accelerator.prepare_model(module, evaluation_mode=True)
 
 
 def _wrap_blocks_by_network(accelerator: Accelerator) -> None:
@@ -199,17 +211,42 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def local_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """A network's parameters, this process's shards of them under FSDP2."""
-    reshard(module)
-    return unwrap(module).parameters()
+def local_parameters(model: ModelBase) -> dict[str, nn.Parameter]:
+    """What a role trains, by name: its network's parameters or its adapter's, this process's shards under FSDP2."""
+    reshard(model.transformer)
+    named = unwrap(model.transformer).named_parameters()
+    return {name: parameter for name, parameter in named if model.is_trained(name)}
 
 
-def gradient_norm(module: nn.Module) -> torch.Tensor:
-    """The total 2-norm of a prepared network's gradients, a scalar; the same on every process."""
-    gradients = [parameter.grad for parameter in unwrap(module).parameters() if parameter.grad is not None]
+def reduce_gradients(accelerator: Accelerator, model: ModelBase) -> None:
+    """Average a role's gradients over replicas whose network no wrapper does it for: that of an adapter."""
+    if model.adapter is None or accelerator.is_fsdp2 or accelerator.num_processes == 1:
+        return
+    gradients = [parameter.grad for parameter in local_parameters(model).values() if parameter.grad is not None]
+    mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
+    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def gradient_norm(model: ModelBase) -> torch.Tensor:
+    """The total 2-norm of a prepared role's gradients, a scalar; the same on every process."""
+    gradients = [parameter.grad for parameter in _parameters(model) if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip_gradients(model: ModelBase, max_norm: float) -> torch.Tensor:
+    """Scale a prepared role's gradients to a total 2-norm of at most `max_norm`; returns the norm before."""
+    # Not accelerator.clip_grad_norm_: it looks a model up by comparing parameters and fails on the second of two
+    # networks of equal shapes.
+    norm = torch.nn.utils.clip_grad_norm_(_parameters(model), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _parameters(model: ModelBase) -> list[nn.Parameter]:
+    """A role's parameters after a backward pass, which leaves them sharded."""
+    named = unwrap(model.transformer).named_parameters()
+    return [parameter for name, parameter in named if model.is_trained(name)]
 
 
 def gradient_sync(accelerator: Accelerator, module: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:

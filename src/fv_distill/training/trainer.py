@@ -19,7 +19,7 @@ from .checkpoint import CheckpointManager
 from .context_parallel import ContextGroups, enable_context_parallelism
 from .interrupt import StopRequest
 from .roles import prepare_roles
-from .sharding import gradient_norm, gradient_sync
+from .sharding import gradient_norm, gradient_sync, reduce_gradients
 from .sigma_losses import NUM_BINS, SigmaSums
 from .tracking import RunLog
 
@@ -146,6 +146,7 @@ class Trainer:
                         sums[name] = sums.get(name, 0) + value.float() / len(micro_batches)
                     if self.log.sigma_losses.every_steps:
                         by_sigma.add(term.by_sigma)
+        reduce_gradients(self.accelerator, role.model)
         # A method need not log its loss, but a step with a bad one has to be noticed.
         sums.setdefault(f"loss/{role_name}", total)
         rate = role.set_learning_rate()
@@ -154,7 +155,7 @@ class Trainer:
         is_norm_logged = norm_name in sums
         if not is_norm_logged:
             # A finite loss may have gradients that are not.
-            sums[norm_name] = gradient_norm(role.model.transformer)
+            sums[norm_name] = gradient_norm(role.model)
         metrics = self._mean_over_processes(sums, by_sigma)
         if not is_norm_logged:
             norm = metrics.pop(norm_name)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -132,6 +132,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     # The stock plan splits the sequence between ranks and would cut through the mask.
     _cp_plan = None
 
+    layout: ChunkLayout
     # What the stock constructor makes, for the type checker.
     config: Any
     rope: Any
@@ -148,11 +149,18 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     @functools.wraps(WanTransformer3DModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.config.patch_size[0] != 1:
-            raise ValueError(f"patch_size={tuple(self.config.patch_size)} patches time; a causal Wan needs 1 there")
-        self.layout = ChunkLayout()
-        for block in self.blocks:
-            # Same modules, another forward; building the blocks a second time would only cost time.
+        self.convert(cast(nn.Module, self))
+
+    @classmethod
+    def convert(cls, network: nn.Module) -> None:
+        """Make a stock network one of this class, in place: the same modules and weights, another forward."""
+        causal = cast(CausalWanTransformer3DModel, network)
+        patch_size = causal.config.patch_size
+        if patch_size[0] != 1:
+            raise ValueError(f"patch_size={tuple(patch_size)} patches time; a causal Wan needs 1 there")
+        causal.__class__ = cls
+        causal.layout = ChunkLayout()
+        for block in causal.blocks:
             block.__class__ = CausalWanTransformerBlock
 
     def forward(
@@ -164,6 +172,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         *,
+        layout: ChunkLayout | None = None,
         num_history_frames: int = 0,
         cache: KVCache | None = None,
         start_frame: int = 0,
@@ -179,6 +188,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             encoder_hidden_states_image: image embeddings of an image-to-video network.
             return_dict: whether the result is wrapped.
             attention_kwargs: must be empty; accepted since pipelines pass it.
+            layout: the chunks of this call; None is the network's own.
             num_history_frames: of clean frames, which the clip's chunks see as their past (teacher forcing).
             cache: makes `hidden_states` one chunk that sees what the cache holds before `start_frame`.
             start_frame: where the first frame stands in the clip.
@@ -199,8 +209,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         temb, modulation, text = self._embed(timestep, encoder_hidden_states, encoder_hidden_states_image, frames)
         tokens = self.patch_embedding(hidden_states).flatten(3).permute(0, 2, 3, 1).contiguous()
         if cache is None:
-            layout = self.layout, frames - num_history_frames, num_history_frames, tokens.shape[2], tokens.device
-            mask = cached_mask(*layout)
+            sizes = frames - num_history_frames, num_history_frames, tokens.shape[2], tokens.device
+            mask = cached_mask(self.layout if layout is None else layout, *sizes)
             for block in self.blocks:
                 tokens, _ = self._call(block, tokens, text, modulation, rotary, mask)
         else:
