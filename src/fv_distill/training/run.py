@@ -15,6 +15,7 @@ from accelerate import Accelerator, PartialState
 from fv_distill.callbacks.base import CallbackDict
 from fv_distill.config.instantiate import instantiate, resolve_target
 from fv_distill.config.load import dump_run_config, load_run_config
+from fv_distill.config.local_modules import search_beside
 from fv_distill.config.schema import RunConfig
 from fv_distill.console import console
 from fv_distill.data.parquet import ParquetDataset
@@ -176,6 +177,7 @@ def build_model(config: RunConfig, role: str) -> ModelBase:
         "text_length": config.training.data.text_length,
         **(model.model_extra or {}),
     }
+    search_beside(config.source_folder)
     try:
         return instantiate({"_target_": f"{model.target}.from_pretrained", **kwargs})
     except FileNotFoundError as error:
@@ -189,6 +191,7 @@ def build_method(config: RunConfig, models: Mapping[str, ModelBase]) -> Training
 
 
 def _method_class(config: RunConfig) -> type[TrainingMethod]:
+    search_beside(config.source_folder)
     kind = resolve_target(config.method.target)
     if not (isinstance(kind, type) and issubclass(kind, TrainingMethod)):
         raise TypeError(
@@ -199,6 +202,7 @@ def _method_class(config: RunConfig) -> type[TrainingMethod]:
 
 def build_callbacks(config: RunConfig) -> CallbackDict:
     """The callbacks of the config."""
+    search_beside(config.source_folder)
     options = {name: callback.as_kwargs() for name, callback in config.callbacks.items()}
     return CallbackDict(options, config.training)
 
