@@ -26,8 +26,15 @@ def test_known_names(name, tera):
 
 @pytest.mark.parametrize(
     "name",
-    ["cpu", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "A1000", ""],
-)  # fmt: skip
+    [
+        "cpu",
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "A1000",
+        "",
+    ],
+)
 def test_what_is_another_card_has_no_figure(name):
     assert peak_flops(name, torch.bfloat16) is None
 

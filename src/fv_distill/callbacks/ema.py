@@ -1,7 +1,7 @@
 """An exponential moving average of the student's weights, sharded and saved like the student."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,31 +11,36 @@ from torch import nn
 from fv_distill.training.sharding import local_parameters, prepare_averaged
 
 from .base import Callback
+from .options import require_boolean
 
 if TYPE_CHECKING:
     from fv_distill.training.trainer import Trainer
 
 
 class EMACallback(Callback):
-    """`ema <- decay ema + (1 - decay) weights` after each of the student's optimizer steps.
+    """`ema <- decay ema + (1 - decay) weights` after each of the student's optimizer steps, or after every step.
 
     Args:
         decay: in [0, 1).
-        start_iter: the student update after which averaging starts; until then the average is a copy.
+        start_iter: the tick after which averaging starts; until then the average is a copy.
+        every_step: tick once in every training step, at the end of its last update, whether or not the student moved in
+            it. Some recipes count a decay that way: where the student moves in one step of five, `decay` then counts as
+            `decay ** 5` does without.
 
     Raises:
-        ValueError: for a decay outside [0, 1) or a negative start.
+        ValueError: for a decay outside [0, 1), a negative start, or an `every_step` that is neither true nor false.
     """
 
     role = "student"
 
-    def __init__(self, decay: float = 0.9999, start_iter: int = 0) -> None:
+    def __init__(self, decay: float = 0.9999, start_iter: int = 0, every_step: bool = False) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"callbacks.ema.decay={decay:g} must be in [0, 1)")
         if start_iter < 0:
             raise ValueError(f"callbacks.ema.start_iter={start_iter} must not be negative")
         self.decay = decay
         self.start_iter = start_iter
+        self.every_step = require_boolean("callbacks.ema.every_step", every_step)
         self.num_updates = 0
         self.module: nn.Module | None = None
 
@@ -53,11 +58,23 @@ class EMACallback(Callback):
         assert self.module is not None
         self.module = prepare_averaged(trainer.accelerator, self.module)
 
-    @torch.no_grad()
     def on_after_optimizer_step(self, trainer: "Trainer", role: str) -> None:
-        """Tick when the student has moved."""
-        if role != self.role:
-            return
+        """Tick when the student has moved, or at the end of the step's updates."""
+        if role == (self._last_role(trainer) if self.every_step else self.role):
+            self._tick(trainer)
+
+    def on_nonfinite_update(self, trainer: "Trainer", role: str, metrics: Mapping[str, float]) -> None:
+        """A step whose last update is skipped is a step all the same."""
+        if self.every_step and role == self._last_role(trainer):
+            self._tick(trainer)
+
+    @staticmethod
+    def _last_role(trainer: "Trainer") -> str:
+        # Not at `on_training_step_end`, where a validation listed earlier would see the average of the last step.
+        return trainer.method.updates(trainer.step)[-1]
+
+    @torch.no_grad()
+    def _tick(self, trainer: "Trainer") -> None:
         self.num_updates += 1
         student = local_parameters(trainer.models[self.role].transformer)
         weight = 1 - self.decay if self.started else 1.0
@@ -78,11 +95,11 @@ class EMACallback(Callback):
             _copy_into(transformer, own)
 
     def state_dict(self) -> dict[str, Any]:
-        """The update count; the weights are saved with the networks."""
+        """The number of ticks; the weights are saved with the networks."""
         return {"num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back the update count."""
+        """Take back the number of ticks."""
         self.num_updates = int(state["num_updates"])
 
     def _parameters(self) -> list[nn.Parameter]:

@@ -107,6 +107,9 @@ class LoopConfig(Section):
     max_nonfinite_steps: int = Field(
         3, ge=1, description="stop after so many steps in a row with a loss that isn't finite"
     )
+    log_grad_norms: bool = Field(
+        False, description="log the norm of each role's gradients as its losses gave them, before any callback"
+    )
 
 
 class CheckpointConfig(Section):

@@ -34,7 +34,7 @@ from .trainer import Trainer
 from .trajectories import TrajectoryCache, trajectory_options
 
 # What a run writes into its output directory; --overwrite removes these and nothing else.
-RUN_FILES = (CONFIG_FILE, METRICS_FILE, "checkpoints", "logs", "validation")
+RUN_FILES = (CONFIG_FILE, METRICS_FILE, "checkpoints", "logs", "validation", "throughput.jsonl", "profile", "nan_guard")
 
 
 def run_training_from_config(
