@@ -104,9 +104,29 @@ class ProfilerCallback(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         last = min(trainer.step, self.start_step + self.num_steps - 1)
         name = f"rank-{trainer.accelerator.process_index}_steps-{self.start_step}-{last}"
-        result.export_chrome_trace(str(folder / f"{name}.json"))
+        trace = folder / f"{name}.json"
+        result.export_chrome_trace(str(trace))
+        if self.with_stack:
+            _replace_broken_names(trace)
+        (folder / f"{name}_ops.txt").write_text(self._table(result), encoding="utf-8")
+
+    def _table(self, result: profile) -> str:
         on_device = supported_activities() - {ProfilerActivity.CPU}
-        table = result.key_averages(group_by_input_shape=self.record_shapes).table(
-            sort_by="self_device_time_total" if on_device else "self_cpu_time_total", row_limit=self.top_ops
-        )
-        (folder / f"{name}_ops.txt").write_text(table, encoding="utf-8")
+        try:
+            averages = result.key_averages(group_by_input_shape=self.record_shapes)
+        except UnicodeDecodeError as error:
+            return f"no table: torch can't read the names that it recorded ({error}); without with_stack it can\n"
+        order = "self_device_time_total" if on_device else "self_cpu_time_total"
+        return averages.table(sort_by=order, row_limit=self.top_ops)
+
+
+def _replace_broken_names(trace: Path) -> None:
+    """Make a trace UTF-8 again.
+
+    With call stacks torch keeps no copies of the names of Python code that is freed later, such as a module's body that
+    was run while it was imported; these come out as arbitrary bytes (pytorch issue 121219).
+    """
+    clean = trace.with_suffix(".clean")
+    with trace.open(encoding="utf-8", errors="replace") as source, clean.open("w", encoding="utf-8") as target:
+        target.writelines(source)
+    clean.replace(trace)
