@@ -47,7 +47,10 @@ def test_a_target_wins_over_a_built_in_name():
 
 
 def test_neither_built_in_nor_a_target():
-    with pytest.raises(ValueError, match=r"callbacks\.emma has no _target_.*ema, grad_clip, nan_guard, profiler, throughput, validation"):
+    with pytest.raises(
+        ValueError,
+        match=r"callbacks\.emma has no _target_.*ema, grad_clip, nan_guard, profiler, throughput, validation",
+    ):
         CallbackDict({"emma": {"decay": 0.5}}, None)
 
 

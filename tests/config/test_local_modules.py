@@ -82,7 +82,9 @@ def test_a_missing_module_says_where_was_looked(run_file):
         load_run_config(run_file)
     message = str(caught.value)
     assert message.startswith("callbacks.mine: _target_ 'my_callbacks.Mine': there is no package 'my_callbacks'")
-    assert f"the config's folder {run_file.parent} holds neither my_callbacks.py nor my_callbacks/__init__.py" in message
+    assert (
+        f"the config's folder {run_file.parent} holds neither my_callbacks.py nor my_callbacks/__init__.py" in message
+    )
     assert "not installed, not on PYTHONPATH" in message
 
 
@@ -105,7 +107,9 @@ def test_an_installed_module_wins_over_a_file_beside_the_config(run_file):
     run_file.with_name("colorsys.py").write_text("class Mine: ...\n")
     run_file.with_name("numbers.py").write_text("class Number: ...\n")
     load_run_config(run_file)
-    with pytest.raises(ImportError, match=r"colorsys has no 'Mine'.*colorsys\.py, beside the config, is not used.*rename"):
+    with pytest.raises(
+        ImportError, match=r"colorsys has no 'Mine'.*colorsys\.py, beside the config, is not used.*rename"
+    ):
         resolve_target("colorsys.Mine")
     with pytest.warns(UserWarning, match=r"numbers\.py, beside the config, is not used: 'numbers' is also installed"):
         assert resolve_target("numbers.Number") is __import__("numbers").Number

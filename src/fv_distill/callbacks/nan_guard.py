@@ -31,11 +31,12 @@ class NaNGuardCallback(Callback):
     The trainer itself skips an update whose loss or gradient norm is not finite, on all processes, and stops after
     `training.loop.max_nonfinite_steps` such steps in a row. This callback is called when it does, before the gradients
     are gone, and writes a report to `nan_guard/` in the run's directory. Weights that are not finite can't recover:
-    they stop the run, before they get into a checkpoint.
+    they stop the run, whatever the action, before they get into a checkpoint.
 
     Args:
         check: what to look at: losses, gradients, parameters.
-        every_steps: how often the weights are looked at; losses and gradients always are, at no cost.
+        every_steps: how often the weights are looked at, besides before each checkpoint; losses and gradients always are,
+            at no cost.
         action: skip leaves a bad update to the trainer, which goes on; stop ends the run at the first one.
         max_reports: files written in one run; later findings are in the log only.
 
@@ -79,26 +80,30 @@ class NaNGuardCallback(Callback):
         if "parameters" in self.check:
             finding["parameters"] = _bad_parameters(trainer, role)
         report = self._report(trainer, role, finding)
-        if report.get("parameters"):
-            self._stop(trainer, report)
-        if self.action == "stop":
+        if report.get("parameters") or self.action == "stop":
             self._stop(trainer, report)
 
-    def on_after_optimizer_step(self, trainer: "Trainer", role: str) -> None:
-        """Look at the weights when it is due.
+    def on_training_step_end(self, trainer: "Trainer", metrics: Mapping[str, float]) -> None:
+        """Look at the weights when it is due, and before each checkpoint.
 
         Raises:
             NonFiniteLossError: if some are not finite.
         """
-        if "parameters" not in self.check or trainer.step % self.every_steps:
+        if "parameters" not in self.check or not self._is_due(trainer):
             return
-        accelerator = trainer.accelerator
-        bad = torch.zeros((), device=accelerator.device)
-        for parameter in _local_parameters(trainer, role).values():
-            bad += ~parameter.isfinite().all()
-        # Shards differ, and every process has to come to the same end.
-        if accelerator.reduce(bad, reduction="sum").item():
-            self._stop(trainer, self._report(trainer, role, {"parameters": _bad_parameters(trainer, role)}))
+        for role in trainer.roles:
+            bad = torch.zeros((), device=trainer.accelerator.device)
+            for parameter in _local_parameters(trainer, role).values():
+                bad += ~parameter.isfinite().all()
+            # Shards differ, and every process has to come to the same end.
+            if trainer.accelerator.reduce(bad, reduction="sum").item():
+                self._stop(trainer, self._report(trainer, role, {"parameters": _bad_parameters(trainer, role)}))
+
+    def _is_due(self, trainer: "Trainer") -> bool:
+        training = trainer.config.training
+        intervals = [count for count in (self.every_steps, training.checkpoint.every_steps) if count]
+        is_last = trainer.step == training.loop.max_train_steps
+        return is_last or any(trainer.step % count == 0 for count in intervals)
 
     def _report(self, trainer: "Trainer", role: str, finding: Mapping[str, Any]) -> dict[str, Any]:
         """Bring the processes' findings together, write them and warn; the report."""
