@@ -73,3 +73,12 @@ def test_streaming(tmp_path):
     assert result["calls_ratio"] == 1.0 and result["calls"]["critic"] == 5 + 1 and result["calls"]["teacher"] == 1
     assert result["modulation_ratio"] == 30 * 52
     assert result["modulation_mb"]["per_frame"] == pytest.approx(21 * 6 * 1536 * 4 / 1e6, rel=0.01)
+
+
+@pytest.mark.slow
+def test_overhead(tmp_path):
+    small = ["--width", "16", "--layers", "1", "--latent-frames", "1", "--latent-size", "4", "--batch-size", "1"]
+    result = run_benchmark(tmp_path, "overhead", "--steps", "7", "--warm-up", "1", *small)
+    assert result["tokens"] == 4 and result["threads"] == 1 and result["steps"] == 6
+    assert 0 < result["without_ms"] < 10_000 and 0 < result["with_ms"] < 10_000
+    assert result["ratio_of_cpu_time"] > 0 and result["ratio_of_cpu_sums"] > 0

@@ -74,7 +74,9 @@ def test_an_objects_cost_key_tells_calls_apart():
 
     class Repeating(nn.Linear):
         def forward(self, x, cache):
-            return [super(Repeating, self).forward(x) for _ in range(cache.cost_key[0])][0]
+            for _ in range(cache.cost_key[0]):
+                out = super().forward(x)
+            return out
 
     network = Repeating(8, 16)
     meter = CallMeter(network)

@@ -35,8 +35,8 @@ class NaNGuardCallback(Callback):
 
     Args:
         check: what to look at: losses, gradients, parameters.
-        every_steps: how often the weights are looked at, besides before each checkpoint; losses and gradients always are,
-            at no cost.
+        every_steps: how often the weights are looked at, besides before each checkpoint; losses and gradients are at
+            every step, at no cost.
         action: skip leaves a bad update to the trainer, which goes on; stop ends the run at the first one.
         max_reports: files written in one run; later findings are in the log only.
 
