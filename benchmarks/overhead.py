@@ -5,7 +5,7 @@ process: a callback of the first runs a step of the second after each of its own
 `nan_guard` and `throughput` at their defaults, a profiler whose steps never come, tensorboard at every step, and a
 progress bar on a terminal; the second has none of these, and both write `metrics.jsonl`. Validation is work of its own
 kind and left out. The ratio is the median over pairs of steps of with / without, and the target is at most 1.02; the
-same of the process's CPU time is reported beside it, which other programs disturb less. The script prints one JSON line.
+same of CPU time, which other programs disturb less, is reported beside it. The script prints one JSON line.
 
     OMP_NUM_THREADS=1 python benchmarks/overhead.py
 """

@@ -2,7 +2,8 @@
 
 A page holds a table between two comments, `<!-- options: module.Class prefix -->` and `<!-- end of options -->`; what
 is between them is replaced. The class is a pydantic model, or any other one whose constructor's parameters are the
-options, with their meanings under `Args:` in its docstring. With `--check` nothing is written and the exit status tells whether all is up to date.
+options, with their meanings under `Args:` in its docstring. With `--check` nothing is written and the exit status tells
+whether all is up to date.
 
     python docs/make_option_tables.py
 """
