@@ -96,3 +96,12 @@ def test_fsdp_memory(tmp_path):
     assert 1 <= result["ratio"] <= result["target_ratio"]
     # Nothing beside the shards is a network's size.
     assert result["live_mb"][1] < result["live_mb"][0] - 3.5 * whole
+
+
+@pytest.mark.slow
+def test_overhead(tmp_path):
+    small = ["--width", "16", "--layers", "1", "--latent-frames", "1", "--latent-size", "4", "--batch-size", "1"]
+    result = run_benchmark(tmp_path, "overhead", "--steps", "7", "--warm-up", "1", *small)
+    assert result["tokens"] == 4 and result["threads"] == 1 and result["steps"] == 6
+    assert 0 < result["without_ms"] < 10_000 and 0 < result["with_ms"] < 10_000
+    assert result["ratio_of_cpu_time"] > 0 and result["ratio_of_cpu_sums"] > 0

@@ -30,7 +30,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def test_option_tables_are_up_to_date():
     command = [sys.executable, str(DOCS / "make_option_tables.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -107,3 +107,20 @@ def test_names_of_the_original_wan_page(capsys):
     (body,) = blocks(DOCS / "convert_wan.md", "python")
     exec(body, {})
     assert capsys.readouterr().out.strip() == body.split("# ")[1].splitlines()[0]
+
+
+def test_callback_of_its_page(tiny_wan, tiny_rows, tmp_path):
+    """As the page says: in a file beside the config, by its `_target_` there."""
+    from tiny_runs import checkpoint, finetune_config, metrics, train
+
+    from fv_distill.export import load_role_weights
+
+    (body,) = blocks(DOCS / "callbacks.md", "python")
+    (tmp_path / "my_callbacks.py").write_text(body)
+    (page,) = (yaml.safe_load(text) for text in blocks(DOCS / "callbacks.md", "yaml"))
+    config = finetune_config(tiny_wan, tiny_rows, tmp_path / "run")
+    config["callbacks"] = {"mine": page["callbacks"]["mine"] | {"every_steps": 3}}
+    lines = metrics(output_dir := train(config))
+    assert ["weight_norm/student" in line for line in lines] == [False, False, True, False]
+    weights = load_role_weights(checkpoint(output_dir, 2), "student").values()
+    assert lines[2]["weight_norm/student"] == pytest.approx(sum(w.double().square().sum() for w in weights) ** 0.5)

@@ -1,4 +1,5 @@
 import pytest
+from tiny_runs import checkpoint, dmd2_config, finetune_config, metadata, metric_lines, metrics, train
 
 from fv_distill.callbacks import Callback, CallbackDict, EMACallback, GradNormClipCallback
 from fv_distill.config.schema import ConfigError
@@ -47,7 +48,10 @@ def test_a_target_wins_over_a_built_in_name():
 
 
 def test_neither_built_in_nor_a_target():
-    with pytest.raises(ValueError, match=r"callbacks\.emma has no _target_.*ema, grad_clip, validation"):
+    with pytest.raises(
+        ValueError,
+        match=r"callbacks\.emma has no _target_.*ema, grad_clip, nan_guard, profiler, throughput, validation",
+    ):
         CallbackDict({"emma": {"decay": 0.5}}, None)
 
 
@@ -103,3 +107,75 @@ def test_every_hook_does_nothing_by_default():
     callback.on_after_optimizer_step(trainer, "student")
     callback.on_training_step_end(trainer, metrics)
     assert metrics == {} and callback.state_dict() == {}
+
+
+COUNT = """\
+from fv_distill.callbacks import Callback
+
+
+class Count(Callback):
+    def __init__(self):
+        self.updates = {}
+
+    def on_before_optimizer_step(self, trainer, role, metrics):
+        self.updates[role] = self.updates.get(role, 0) + 1
+        metrics[f"count/{role}"] = metrics[f"loss/{role}"] * 0 + self.updates[role]
+
+    def state_dict(self):
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.updates = dict(state["updates"])
+"""
+
+
+def test_a_resumed_run_goes_on_with_the_states(tiny_wan, tiny_rows, tmp_path):
+    """Of a callback beside the config, read from the checkpoint's JSON."""
+    (tmp_path / "counting.py").write_text(COUNT)
+    config = dmd2_config(tiny_wan, tiny_rows, tmp_path / "run")
+    config["callbacks"]["count"] = {"_target_": "counting.Count"}
+    whole = train(config)
+    assert metadata(checkpoint(whole, 2))["callbacks"]["count"] == {"updates": {"student": 1, "critic": 2}}
+    resumed = train(
+        config,
+        {
+            "training.output_dir": str(tmp_path / "resumed"),
+            "training.checkpoint.resume_from_checkpoint": str(checkpoint(whole, 2)),
+        },
+    )
+    assert metric_lines(resumed) == metric_lines(whole)[2:] and metrics(resumed)[-1]["count/critic"] == 4
+    states = [metadata(checkpoint(run, 4))["callbacks"] for run in (whole, resumed)]
+    assert states[0] == states[1]
+
+
+def test_a_run_is_closed_however_it_ends(tiny_wan, tiny_rows, tmp_path):
+    (tmp_path / "closing.py").write_text(CLOSE)
+    config = finetune_config(tiny_wan, tiny_rows, tmp_path / "run")
+    config["callbacks"] = {"close": {"_target_": "closing.Close"}}
+    train(config, {"training.loop.max_train_steps": 2})
+    assert (tmp_path / "run" / "hooks.txt").read_text() == "begin 1\nbegin 2\nclosed at 2\n"
+    with pytest.raises(ArithmeticError):
+        train(config, {"training.output_dir": str(tmp_path / "failing"), "callbacks.close.fail_at": 2})
+    assert (tmp_path / "failing" / "hooks.txt").read_text() == "begin 1\nbegin 2\nclosed at 2\n"
+
+
+CLOSE = """\
+from pathlib import Path
+from fv_distill.callbacks import Callback
+
+
+class Close(Callback):
+    def __init__(self, fail_at=None):
+        self.fail_at, self.lines = fail_at, []
+
+    def on_training_step_begin(self, trainer):
+        self.lines.append(f"begin {trainer.step}")
+        assert len(trainer.micro_batches) == 1
+        if trainer.step == self.fail_at:
+            raise ArithmeticError
+
+    def on_close(self, trainer):
+        self.lines.append(f"closed at {trainer.step}")
+        folder = Path(trainer.config.training.output_dir)
+        (folder / "hooks.txt").write_text("\\n".join(self.lines) + "\\n")
+"""

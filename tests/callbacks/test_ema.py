@@ -119,3 +119,49 @@ def test_in_a_run_it_averages_the_students_updates_only(tiny_wan, tiny_rows, tmp
         expected = {name: (last[name] + student[step][name]) / 2 for name in last}
         assert largest_difference(ema[step], expected) < 1e-7
         assert largest_difference(ema[step], student[step]) > 1e-4
+
+
+def test_every_step_ticks_at_the_last_update_of_each_step():
+    """Where the student moves in every second step, and an update that is skipped counts too."""
+    callback = EMACallback(decay=0.5, every_step=True)
+    trainer, network = started(callback, 0.0)
+    trainer.method = SimpleNamespace(updates=lambda step: ("student", "critic") if step % 2 == 0 else ("critic",))
+    seen = []
+    for step, value in ((1, 0.0), (2, 8.0), (3, 8.0), (4, 16.0)):
+        trainer.step = step
+        network.weight.data.fill_(value)
+        if step % 2 == 0:
+            callback.on_after_optimizer_step(trainer, "student")
+        if step == 3:
+            callback.on_nonfinite_update(trainer, "critic", {})
+        else:
+            callback.on_after_optimizer_step(trainer, "critic")
+        seen.append(callback.average["weight"].item())
+    assert seen == [0.0, 4.0, 6.0, 11.0] and callback.num_updates == 4
+
+
+def test_a_skipped_update_of_the_student_does_not_tick():
+    callback = EMACallback(decay=0.5)
+    trainer, network = started(callback, 0.0)
+    network.weight.data.fill_(8.0)
+    callback.on_nonfinite_update(trainer, "student", {})
+    assert callback.average["weight"].item() == 0.0 and callback.num_updates == 0
+
+
+def test_every_step_in_a_run(tiny_wan, tiny_rows, tmp_path):
+    config = dmd2_config(tiny_wan, tiny_rows, tmp_path / "run")
+    config["callbacks"]["ema"]["every_step"] = True
+    config["training"]["checkpoint"] = {"every_steps": 1, "keep_last": 3}
+    output_dir = train(config, {"training.loop.max_train_steps": 3})
+    student = {step: load_role_weights(checkpoint(output_dir, step), "student") for step in (1, 2, 3)}
+    ema = {step: load_role_weights(checkpoint(output_dir, step), "ema") for step in (1, 2, 3)}
+    assert metadata(checkpoint(output_dir, 3))["callbacks"]["ema"] == {"num_updates": 3}
+    for step in (2, 3):
+        expected = {name: (ema[step - 1][name] + student[step][name]) / 2 for name in student[step]}
+        assert largest_difference(ema[step], expected) < 1e-7
+    assert largest_difference(ema[2], ema[3]) > 1e-4
+
+
+def test_every_step_is_true_or_false():
+    with pytest.raises(ValueError, match=r"callbacks\.ema\.every_step='often' must be true or false"):
+        EMACallback(every_step="often")

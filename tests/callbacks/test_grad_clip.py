@@ -56,3 +56,18 @@ def test_in_a_run_each_role_is_clipped_at_its_own_step(tiny_wan, tiny_rows, tmp_
     )
     assert free[0] == lines[0], "clipping acts on the update, which shows in the next step"
     assert free[-1]["loss/critic"] != lines[-1]["loss/critic"]
+
+
+def test_norms_are_logged_without_clipping_where_asked(tiny_wan, tiny_rows, tmp_path):
+    """As the losses gave them, so also before a clipping that doesn't log its own."""
+    config = dmd2_config(tiny_wan, tiny_rows, tmp_path / "clipped")
+    clipped = metrics(train(config))
+    silent = {"callbacks.grad_clip.log_grad_norms": False, "training.output_dir": str(tmp_path / "silent")}
+    without = [{key: value for key, value in line.items() if "grad_norm" not in key} for line in clipped]
+    assert metrics(train(config, silent)) == without
+    asked = silent | {"training.loop.log_grad_norms": True, "training.output_dir": str(tmp_path / "asked")}
+    assert metrics(train(config, asked)) == clipped
+    del config["callbacks"]["grad_clip"]
+    config["training"]["loop"]["log_grad_norms"] = True
+    (line, *_) = metrics(train(config, {"training.output_dir": str(tmp_path / "none")}))
+    assert line["grad_norm/critic"] == clipped[0]["grad_norm/critic"]

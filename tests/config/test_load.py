@@ -77,7 +77,10 @@ def test_a_literal_dollar_brace_survives_the_round_trip(run_file, tmp_path):
         ("--training.data.data_path={rows: 0}", ["training.data.data_path"]),
         ("--models.student.init_from=null", ["models.student.init_from=None", "string"]),
         ("--callbacks.ema.decya=0.5", ["unknown key callbacks.ema.decya", "did you mean decay"]),
-        ("--callbacks.nothing.every=1", ["callbacks.nothing", "_target_", "ema, grad_clip, validation"]),
+        (
+            "--callbacks.nothing.every=1",
+            ["callbacks.nothing", "_target_", "ema, grad_clip, nan_guard, profiler, throughput, validation"],
+        ),
         ("--models.teacher.flow_shfit=3", ["unknown key models.teacher.flow_shfit", "did you mean flow_shift"]),
         ("--training.optimizer.lr=1", ["unknown key training.optimizer.lr", "learning_rate"]),
         ("--training.optimizer.momentum=0.9", ["unknown key training.optimizer.momentum", "amsgrad"]),

@@ -8,6 +8,9 @@ __getattr__, __dir__, __all__ = attach(
         "base": ["Callback", "CallbackDict"],
         "ema": ["EMACallback"],
         "grad_clip": ["GradNormClipCallback"],
+        "nan_guard": ["NaNGuardCallback"],
+        "profiler": ["ProfilerCallback"],
+        "throughput": ["ThroughputCallback"],
         "validation": ["ValidationCallback"],
     },
 )

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 BUILT_IN = {
     "ema": "fv_distill.callbacks.ema.EMACallback",
     "grad_clip": "fv_distill.callbacks.grad_clip.GradNormClipCallback",
+    "nan_guard": "fv_distill.callbacks.nan_guard.NaNGuardCallback",
+    "profiler": "fv_distill.callbacks.profiler.ProfilerCallback",
+    "throughput": "fv_distill.callbacks.throughput.ThroughputCallback",
     "validation": "fv_distill.callbacks.validation.ValidationCallback",
 }
 
@@ -27,11 +30,20 @@ class Callback:
     def on_train_start(self, trainer: "Trainer") -> None:
         """Everything is prepared; a checkpoint, if any, is loaded next."""
 
+    def on_training_step_begin(self, trainer: "Trainer") -> None:
+        """Step `trainer.step` begins; its micro-batches are `trainer.micro_batches`, on the device."""
+
     def on_before_optimizer_step(self, trainer: "Trainer", role: str, metrics: dict[str, Any]) -> None:
         """The gradients of `role` are complete; entries put into `metrics` are logged."""
 
     def on_after_optimizer_step(self, trainer: "Trainer", role: str) -> None:
         """The weights of `role` have just changed."""
+
+    def on_nonfinite_update(self, trainer: "Trainer", role: str, metrics: Mapping[str, float]) -> None:
+        """One of the metrics of `role`, means over processes, is not finite: its update is skipped on all processes.
+
+        The gradients are still there, and each micro-batch's loss on this process in `trainer.micro_losses`.
+        """
 
     def on_training_step_end(self, trainer: "Trainer", metrics: Mapping[str, float]) -> None:
         """All updates of a step are done; `metrics` are means over processes."""
@@ -44,6 +56,9 @@ class Callback:
 
     def on_train_end(self, trainer: "Trainer") -> None:
         """The last step is done and saved."""
+
+    def on_close(self, trainer: "Trainer") -> None:
+        """The run is over, however it ended: at its last step, by a signal or by an error. Give back what is held."""
 
     def state_dict(self) -> dict[str, Any]:
         """What travels in checkpoints, as JSON values; tensors belong into `networks`."""

@@ -12,6 +12,7 @@ from .describe import describe_keys
 from .instantiate import resolve_target
 from .load import load_run_config
 from .schema import ConfigError, RunConfig
+from .targets import describe_callbacks
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def parse_run_config(
     words = list(sys.argv[1:] if argv is None else argv)
     targets = (method_target,) if isinstance(method_target, str) else tuple(method_target or ())
     # The list of keys is only made for --help, which is rarer than runs.
-    epilog = describe_keys(targets) if {"-h", "--help"} & set(words) else None
+    epilog = _epilog(words, targets) if {"-h", "--help"} & set(words) else None
     known, overrides = _parser(description, epilog, prog).parse_known_args(words)
     # Quoted, because overrides are YAML and a path may look like anything.
     if known.resume_from_checkpoint is not None:
@@ -55,6 +56,20 @@ def parse_run_config(
         if targets:
             _check_method(config.method.target, targets)
     return config, CommandLine(dry_run=known.dry_run, debug=known.debug)
+
+
+def _epilog(words: Sequence[str], targets: Sequence[str]) -> str:
+    """The keys of every config, and, where a config is given too, the options of its own callbacks."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(words)[0].config
+    text = describe_keys(targets)
+    if path is None:
+        return f"{text}\n\n--help with --config FILE also lists the options of the callbacks of that config"
+    try:
+        return f"{text}\n{describe_callbacks(load_run_config(path, check_signatures=False))}"
+    except (ValueError, ImportError) as error:
+        return f"{text}\n\nthe callbacks of {path} can't be listed: {error}"
 
 
 def _check_method(given: str, expected: Sequence[str]) -> None:

@@ -2,15 +2,22 @@
 
 import difflib
 import importlib
+import importlib.util
 import inspect
+import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from . import local_modules
 from .schema import ConfigError
 
 
 def resolve_target(path: str) -> Any:
     """The object at a dotted path: a class, a function, or an attribute of a class.
+
+    What is installed is looked at first, then the folder of the config that was loaded last; see `local_modules`. A
+    module there that has the name of an installed one is not used, with a warning.
 
     Raises:
         ImportError: naming the part that doesn't exist, or that failed to import, and the nearest name.
@@ -19,6 +26,7 @@ def resolve_target(path: str) -> Any:
     if len(parts) < 2 or not all(parts):
         raise ImportError(f"_target_ {path!r} is no dotted path such as package.module.Name")
     module, depth = _import_longest(path, parts)
+    clash = local_modules.shadowed(parts[0])
     found: Any = module
     for position, name in enumerate(parts[depth:], start=depth):
         try:
@@ -27,7 +35,10 @@ def resolve_target(path: str) -> Any:
             where = ".".join(parts[:position])
             nearest = difflib.get_close_matches(name, dir(found), n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            hint += f". {clash}and installed modules win: rename the file" if clash else ""
             raise ImportError(f"_target_ {path!r}: {where} has no {name!r}{hint}") from error
+    if clash:
+        warnings.warn(f"_target_ {path!r}: {clash}and installed modules win", stacklevel=2)
     return found
 
 
@@ -50,6 +61,8 @@ def instantiate(config: Mapping[str, Any], **extra: Any) -> Any:
 def _import_longest(path: str, parts: list[str]) -> tuple[Any, int]:
     """The module of the longest importable prefix, and how many parts it has."""
     module, depth = None, 0
+    if not _is_installed(parts[0]):
+        local_modules.offer(parts[0])
     for end in range(1, len(parts) + 1):
         name = ".".join(parts[:end])
         try:
@@ -59,9 +72,16 @@ def _import_longest(path: str, parts: list[str]) -> tuple[Any, int]:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise ImportError(f"_target_ {path!r}: importing {name} failed: {error}") from error
             break
+        except SyntaxError as error:
+            raise ImportError(f"_target_ {path!r}: importing {name} failed: {error}") from error
     if module is None:
-        raise ImportError(f"_target_ {path!r}: there is no package {parts[0]!r}; is it installed or on PYTHONPATH?")
+        raise ImportError(f"_target_ {path!r}: there is no package {parts[0]!r}: {local_modules.places(parts[0])}")
     return module, depth
+
+
+def _is_installed(name: str) -> bool:
+    # A module that was made by hand has no spec, for which `find_spec` raises.
+    return name in sys.modules or importlib.util.find_spec(name) is not None
 
 
 def _check_keywords(path: str, target: Any, kwargs: Mapping[str, Any]) -> None:

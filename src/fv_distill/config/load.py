@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fv_distill.methods.options import OPTIONS_BY_TARGET
 
+from .local_modules import search_beside
 from .overrides import Overrides, apply_overrides, refuse_secrets
 from .schema import ConfigError, MethodConfig, RunConfig
 from .targets import check_targets, options_class_of
@@ -26,16 +27,18 @@ def load_run_config(path: str | Path, overrides: Overrides = None, *, check_sign
 
     Raises:
         ConfigError: for a file that can't be read, an unknown key (the nearest known one is suggested) or a bad value.
-        ImportError: for a `_target_` that doesn't exist.
+        ImportError: for a `_target_` that is neither installed nor beside the file.
     """
     text = _read(Path(path))
+    folder = Path(path).resolve().parent
+    search_beside(folder)
     merged = _resolved(_parse_yaml(path, text), overrides, path)
     lenient = merged.get("allow_unknown_keys") is True
     config = validate(RunConfig, merged, lenient=lenient)
     config.method = _with_all_options(config.method, lenient=lenient)
     if check_signatures:
         check_targets(config)
-    config.keep_source(text)
+    config.keep_source(text, folder)
     return config
 
 

@@ -1,6 +1,7 @@
 """The sections of a run's config as typed, described fields. Free of torch: `--help` reads it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
@@ -148,6 +149,9 @@ class LoopConfig(Section):
     max_nonfinite_steps: int = Field(
         3, ge=1, description="stop after so many steps in a row with a loss that isn't finite"
     )
+    log_grad_norms: bool = Field(
+        False, description="log the norm of each role's gradients as its losses gave them, before any callback"
+    )
 
 
 class CheckpointConfig(Section):
@@ -271,15 +275,21 @@ class RunConfig(Section):
         return self
 
     _source_text: str = PrivateAttr("")
+    _source_folder: Path | None = PrivateAttr(None)
 
     @property
     def source_text(self) -> str:
         """The YAML as it was written, before overrides; empty if the config was made in Python."""
         return self._source_text
 
-    def keep_source(self, text: str) -> None:
-        """Remember the YAML that this config was read from."""
-        self._source_text = text
+    @property
+    def source_folder(self) -> Path | None:
+        """Where the YAML lies, and with it modules that a `_target_` may name; None if it was made in Python."""
+        return self._source_folder
+
+    def keep_source(self, text: str, folder: Path) -> None:
+        """Remember the YAML that this config was read from, and its folder."""
+        self._source_text, self._source_folder = text, folder
 
     def __eq__(self, other: object) -> bool:
         # pydantic would compare the source too, and then no config equals its resolved copy.

@@ -48,20 +48,51 @@ def options_class_of(target: str, *, where: str) -> type[BaseModel]:
     return kind.options_class
 
 
-def _open_sections(config: RunConfig) -> Iterator[tuple[str, str, OpenSection, Mapping[str, str]]]:
+def describe_callbacks(config: RunConfig) -> str:
+    """The options of a config's callbacks with type and default, from the signatures of their classes.
+
+    Raises:
+        ConfigError: for a callback that is neither built in nor has a target.
+        ImportError: for a target that doesn't exist.
+    """
+    lines = []
+    for name in config.callbacks:
+        target = _callback_target(config, name)
+        kind = _resolve(f"callbacks.{name}", target)
+        summary = (inspect.getdoc(kind) or "").split("\n", 1)[0]
+        lines += ["", f"options of callbacks.{name} ({target}): {summary}", ""]
+        for parameter in inspect.signature(kind).parameters.values():
+            if parameter.name != "training_config":
+                lines.append(f"  callbacks.{name}.{_describe_parameter(parameter)}")
+    return "\n".join(lines)
+
+
+def _describe_parameter(parameter: inspect.Parameter) -> str:
+    if parameter.kind is parameter.VAR_KEYWORD:
+        return "*  (any, optional)"
+    default = "required" if parameter.default is parameter.empty else f"default {parameter.default!r}"
+    kind = "" if parameter.annotation is parameter.empty else f"{inspect.formatannotation(parameter.annotation)}, "
+    return f"{parameter.name}  ({kind}{default})"
+
+
+def _callback_target(config: RunConfig, name: str) -> str:
     from fv_distill.callbacks.base import BUILT_IN
 
+    target = config.callbacks[name].target or BUILT_IN.get(name)
+    if target is None:
+        raise ConfigError(
+            f"callbacks.{name} has no _target_ and is not built in; built-in names: {', '.join(BUILT_IN)}"
+        )
+    return target
+
+
+def _open_sections(config: RunConfig) -> Iterator[tuple[str, str, OpenSection, Mapping[str, str]]]:
     for role, model in config.models.items():
         yield f"models.{role}", f"{model.target}.from_pretrained", model, _MODEL_RESERVED
     optimizer = config.training.optimizer
     yield "training.optimizer", optimizer.target, optimizer, _OPTIMIZER_RESERVED
     for name, callback in config.callbacks.items():
-        target = callback.target or BUILT_IN.get(name)
-        if target is None:
-            raise ConfigError(
-                f"callbacks.{name} has no _target_ and is not built in; built-in names: {', '.join(BUILT_IN)}"
-            )
-        yield f"callbacks.{name}", target, callback, {}
+        yield f"callbacks.{name}", _callback_target(config, name), callback, {}
 
 
 def _unknown_keys(where: str, target: str, section: OpenSection, reserved: Mapping[str, str]) -> list[tuple[str, str]]:

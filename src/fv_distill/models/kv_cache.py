@@ -101,6 +101,11 @@ class KVCache:
         """Latent frames stored so far, counted from the clip's first, dropped ones included."""
         return self._kept[-1].stop
 
+    @property
+    def cost_key(self) -> tuple[int | None, ...]:
+        """What the cost of a call over the cache depends on, beside its inputs and the place of its chunk."""
+        return (self.tokens_per_frame, self.capacity_frames, self.sink_frames, self.local_window, len(self._text))
+
     def reset(self) -> None:
         """Forget all frames and the text, and keep the memory: for another clip, or after the weights have changed."""
         self._kept = [range(0) for _ in self._kept]

@@ -15,6 +15,7 @@ from accelerate import Accelerator, PartialState
 from fv_distill.callbacks.base import CallbackDict
 from fv_distill.config.instantiate import instantiate, resolve_target
 from fv_distill.config.load import dump_run_config, load_run_config
+from fv_distill.config.local_modules import search_beside
 from fv_distill.config.schema import RunConfig
 from fv_distill.console import console
 from fv_distill.data.parquet import ParquetDataset
@@ -41,7 +42,18 @@ from .trainer import Trainer
 from .trajectories import TrajectoryCache, trajectory_options
 
 # What a run writes into its output directory; --overwrite removes these and nothing else.
-RUN_FILES = (CONFIG_FILE, METRICS_FILE, SIGMA_LOSSES_FILE, SESSIONS_FILE, "checkpoints", LOG_FOLDER, "validation")
+RUN_FILES = (
+    CONFIG_FILE,
+    METRICS_FILE,
+    SIGMA_LOSSES_FILE,
+    SESSIONS_FILE,
+    "checkpoints",
+    LOG_FOLDER,
+    "validation",
+    "throughput.jsonl",
+    "profile",
+    "nan_guard",
+)
 
 
 def run_training_from_config(
@@ -216,6 +228,7 @@ def _load_model(config: RunConfig, role: str) -> ModelBase:
         "attention_backend": model.attention_backend or defaults.attention_backend,
         **_role_options(config, role),
     }
+    search_beside(config.source_folder)
     try:
         return instantiate({"_target_": f"{model.target}.from_pretrained", **kwargs})
     except FileNotFoundError as error:
@@ -266,6 +279,7 @@ def method_class(config: RunConfig) -> type[TrainingMethod]:
     Raises:
         TypeError: if it is no method.
     """
+    search_beside(config.source_folder)
     kind = resolve_target(config.method.target)
     if not (isinstance(kind, type) and issubclass(kind, TrainingMethod)):
         raise TypeError(
@@ -276,6 +290,7 @@ def method_class(config: RunConfig) -> type[TrainingMethod]:
 
 def build_callbacks(config: RunConfig) -> CallbackDict:
     """The callbacks of the config."""
+    search_beside(config.source_folder)
     options = {name: callback.as_kwargs() for name, callback in config.callbacks.items()}
     return CallbackDict(options, config.training)
 

@@ -18,7 +18,7 @@ from fv_distill.rollouts.ode import STATES
 from .checkpoint import CheckpointManager
 from .context_parallel import ContextGroups, enable_context_parallelism
 from .interrupt import StopRequest
-from .roles import prepare_roles
+from .roles import Role, prepare_roles
 from .sharding import gradient_norm, gradient_sync, reduce_gradients
 from .sigma_losses import NUM_BINS, SigmaSums
 from .tracking import RunLog
@@ -40,6 +40,8 @@ class Trainer:
 
     Attributes:
         stopped_by: the signal that ended the run early, such as "SIGTERM", or None.
+        micro_batches: of the present step, on the device.
+        micro_losses: of the present update, one scalar per micro-batch on this process, on the device.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class Trainer:
         self.dataset = dataset
         self.step = 0
         self.stopped_by: str | None = None
+        self.micro_batches: list[dict[str, Any]] = []
+        self.micro_losses: list[torch.Tensor] = []
         self._nonfinite_steps = 0
         training = config.training
         self.groups = ContextGroups.of(accelerator, training.distributed.context_parallel_degree)
@@ -93,10 +97,10 @@ class Trainer:
             CheckpointSaveError: if a checkpoint can't be written.
         """
         loop = self.config.training.loop
-        self.callbacks.call("on_train_start", self)
-        self.checkpoints.resume_if_asked()
-        self.log.start(self.step, loop.max_train_steps)
         try:
+            self.callbacks.call("on_train_start", self)
+            self.checkpoints.resume_if_asked()
+            self.log.start(self.step, loop.max_train_steps)
             with StopRequest(self.accelerator) as stop:
                 for micro_batches in self._batches():
                     self._train_step(micro_batches)
@@ -110,13 +114,16 @@ class Trainer:
             raise
         finally:
             self.log.finish()
+            self.callbacks.call("on_close", self)
 
     def _train_step(self, micro_batches: list[dict[str, Any]]) -> None:
         """All updates of one step, logged and, where it is time, saved."""
         self.step += 1
+        self.micro_batches = micro_batches
+        self.callbacks.call("on_training_step_begin", self)
         metrics: dict[str, float] = {}
         for role in self.method.updates(self.step):
-            metrics |= self._update(role, micro_batches)
+            metrics |= self._update(role)
         self._stop_if_nonfinite(metrics)
         self.callbacks.call("on_training_step_end", self, metrics)
         self.log.step(self.step, metrics, num_bad_rows=sum(batch["num_bad_rows"] for batch in micro_batches))
@@ -129,29 +136,16 @@ class Trainer:
             f"{signal_name}: stopped after step {self.step} and saved {path}; --resume-from-checkpoint latest goes on"
         )
 
-    def _update(self, role_name: str, micro_batches: list[dict[str, Any]]) -> dict[str, float]:
+    def _update(self, role_name: str) -> dict[str, float]:
         """Accumulate the gradients of one role over the micro-batches and step its optimizer if all is finite."""
         role = self.roles[role_name]
-        sums: dict[str, torch.Tensor] = {}
         by_sigma = SigmaSums(self.accelerator.device)
-        total = torch.zeros((), device=self.accelerator.device)
-        for index, batch in enumerate(micro_batches):
-            rng = SampleRng(self.config.training.seed, self.step, batch["sample_index"], self.accelerator.device)
-            is_last = index == len(micro_batches) - 1
-            with gradient_sync(self.accelerator, role.model.transformer, enabled=is_last):
-                for term in self.method.losses(role_name, batch, rng):
-                    self.accelerator.backward(term.loss * self.groups.gradient_scale / len(micro_batches))
-                    total += term.loss.detach().float() / len(micro_batches)
-                    for name, value in term.metrics.items():
-                        sums[name] = sums.get(name, 0) + value.float() / len(micro_batches)
-                    if self.log.sigma_losses.every_steps:
-                        by_sigma.add(term.by_sigma)
-        reduce_gradients(self.accelerator, role.model)
-        # A method need not log its loss, but a step with a bad one has to be noticed.
-        sums.setdefault(f"loss/{role_name}", total)
+        sums = self._accumulate(role, by_sigma)
         rate = role.set_learning_rate()
-        self.callbacks.call("on_before_optimizer_step", self, role_name, sums)
         norm_name = f"grad_norm/{role_name}"
+        if self.config.training.loop.log_grad_norms:
+            sums[norm_name] = gradient_norm(role.model)
+        self.callbacks.call("on_before_optimizer_step", self, role_name, sums)
         is_norm_logged = norm_name in sums
         if not is_norm_logged:
             # A finite loss may have gradients that are not.
@@ -165,8 +159,32 @@ class Trainer:
         if _all_finite(metrics):
             role.optimizer.step()
             self.callbacks.call("on_after_optimizer_step", self, role_name)
+        else:
+            self.callbacks.call("on_nonfinite_update", self, role_name, metrics)
         role.optimizer.zero_grad(set_to_none=True)
         return metrics | {f"lr/{role_name}": rate}
+
+    def _accumulate(self, role: Role, by_sigma: SigmaSums) -> dict[str, torch.Tensor]:
+        """Add up the gradients of the micro-batches' losses; returns the means of loss and metrics over them."""
+        sums: dict[str, torch.Tensor] = {}
+        micro_batches = self.micro_batches
+        self.micro_losses = [torch.zeros((), device=self.accelerator.device) for _ in micro_batches]
+        for index, batch in enumerate(micro_batches):
+            rng = SampleRng(self.config.training.seed, self.step, batch["sample_index"], self.accelerator.device)
+            is_last = index == len(micro_batches) - 1
+            with gradient_sync(self.accelerator, role.model.transformer, enabled=is_last):
+                for term in self.method.losses(role.name, batch, rng):
+                    self.accelerator.backward(term.loss * self.groups.gradient_scale / len(micro_batches))
+                    self.micro_losses[index] += term.loss.detach().float()
+                    for name, value in term.metrics.items():
+                        sums[name] = sums.get(name, 0) + value.float() / len(micro_batches)
+                    if self.log.sigma_losses.every_steps:
+                        by_sigma.add(term.by_sigma)
+        reduce_gradients(self.accelerator, role.model)
+        # A method need not log its loss, but a step with a bad one has to be noticed.
+        if f"loss/{role.name}" not in sums:
+            sums[f"loss/{role.name}"] = torch.stack(self.micro_losses).mean()
+        return sums
 
     def _batches(self) -> Iterator[list[dict[str, Any]]]:
         """The micro-batches of each remaining step, on the device."""
