@@ -11,6 +11,7 @@ from fv_distill.models.pretrained import parse_dtype, resolve_directory
 from .call_arguments import training_call_arguments
 from .checkpoint_weights import load_role_weights, read_checkpoint_metadata
 from .diffusers_dir import StudentInfo, export_diffusers_directory
+from .run_record import RunFiles, find_run, training_record
 
 
 def convert(
@@ -22,6 +23,7 @@ def convert(
     ema: bool = True,
     dtype: str | None = None,
     overwrite: bool = False,
+    run: RunFiles | None = None,
 ) -> Path:
     """Make a diffusers directory of one role of a training checkpoint, on one process.
 
@@ -33,6 +35,7 @@ def convert(
         ema: the student's averaged weights, if the checkpoint has them.
         dtype: "float32", "bfloat16" or "float16" for the written transformer; None keeps the weights' own.
         overwrite: replace an existing output directory.
+        run: where the run's losses and validation clips lie, for the card; None looks around the checkpoint.
 
     Raises:
         FileNotFoundError: if the checkpoint is incomplete or the base model isn't there.
@@ -64,10 +67,16 @@ def convert(
         ),
         versions=metadata["versions"],
         hub_model_id=pipeline["hub_model_id"] if pipeline["push_to_hub"] else None,
+        training=training_record(metadata),
     )
     weights = load_role_weights(checkpoint, "ema" if averaged else role)
     return export_diffusers_directory(
-        output_dir, weights, info, dtype=None if dtype is None else parse_dtype(dtype), overwrite=overwrite
+        output_dir,
+        weights,
+        info,
+        dtype=None if dtype is None else parse_dtype(dtype),
+        overwrite=overwrite,
+        run=run or find_run(Path(checkpoint), metadata["config"]),
     )
 
 
