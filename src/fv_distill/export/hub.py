@@ -15,6 +15,8 @@ import httpx2
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from fv_distill.console import console
+
 from .model_card import read_evaluation, refresh_model_card
 from .run_record import EVALUATION_FILES
 from .student_info import read_info
@@ -25,7 +27,7 @@ Result = TypeVar("Result")
 LAST_CHECKPOINT = "last-checkpoint"
 
 # Seconds before the second, third and fourth attempt; huggingface_hub repeats single requests for half a minute.
-_WAITS = (1.0, 4.0, 15.0)
+RETRY_WAITS = (1.0, 4.0, 15.0)
 # Time-out, too many requests, and what gateways answer while the Hub is being restarted.
 _TEMPORARY_STATUS = (408, 429, 500, 502, 503, 504)
 # RuntimeError is what the storage client hf_xet and the LFS threads raise.
@@ -51,7 +53,6 @@ def push_directory(
     private: bool = False,
     evaluation: str | Path | None = None,
     commit_message: str = "Upload with fv_distill",
-    waits: tuple[float, ...] = _WAITS,
 ) -> str:
     """Create the model repository if need be, upload a directory, and return the repository's address.
 
@@ -64,7 +65,6 @@ def push_directory(
         private: make a new repository private.
         evaluation: a JSON file with `rows`, which becomes the export's `evaluation.json`.
         commit_message: of the commit.
-        waits: seconds before each further attempt after a temporary failure.
 
     Raises:
         FileNotFoundError: if there is nothing in the directory that could be loaded.
@@ -81,7 +81,7 @@ def push_directory(
     if info is not None and (directory / "README.md").is_file():
         refresh_model_card(directory, info, name=repo_id)
     folders = sorted(path.name for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
-    url = open_repository(repo_id, private=private, waits=waits)
+    url = open_repository(repo_id, private=private)
     _attempt(
         lambda: HfApi().upload_folder(
             repo_id=repo_id,
@@ -90,12 +90,11 @@ def push_directory(
             delete_patterns=[f"{folder}/*" for folder in folders],
         ),
         repo_id,
-        waits,
     )
     return url
 
 
-def push_checkpoint(checkpoint: Path, repo_id: str, *, waits: tuple[float, ...] = _WAITS) -> None:
+def push_checkpoint(checkpoint: Path, repo_id: str) -> None:
     """Make `last-checkpoint` of an existing repository a copy of a checkpoint's folder.
 
     Raises:
@@ -111,7 +110,6 @@ def push_checkpoint(checkpoint: Path, repo_id: str, *, waits: tuple[float, ...] 
                 delete_patterns="*",
             ),
             repo_id,
-            waits,
         )
     except HubError as error:
         later = f"hf upload {repo_id} <run>/checkpoints/{checkpoint.name} {LAST_CHECKPOINT}"
@@ -121,12 +119,14 @@ def push_checkpoint(checkpoint: Path, repo_id: str, *, waits: tuple[float, ...] 
         ) from error
 
 
-def open_repository(repo_id: str, *, private: bool = False, waits: tuple[float, ...] = _WAITS) -> str:
+def open_repository(repo_id: str, *, private: bool = False) -> str:
     """Make sure that a model repository is there and may be written, and return its address.
 
     Raises:
         HubError: if it is not, or it is public and `private` is asked for.
     """
+    if repo_id.count("/") != 1:
+        raise HubError(f"{repo_id!r} is no repository; it has to be owner/name", is_temporary=False)
     if constants.is_offline_mode():
         raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it", is_temporary=True)
     if get_token() is None:
@@ -149,7 +149,7 @@ def open_repository(repo_id: str, *, private: bool = False, waits: tuple[float, 
             )
         return str(url)
 
-    return _attempt(open_once, repo_id, waits)
+    return _attempt(open_once, repo_id)
 
 
 def check_pushable(directory: Path) -> None:
@@ -166,9 +166,9 @@ def check_pushable(directory: Path) -> None:
         )
 
 
-def _attempt(call: Callable[[], Result], repo_id: str, waits: tuple[float, ...]) -> Result:
+def _attempt(call: Callable[[], Result], repo_id: str) -> Result:
     """Call, and again after each wait while the failure looks temporary."""
-    for wait in (*waits, None):
+    for wait in (*RETRY_WAITS, None):
         try:
             return call()
         except HFValidationError as error:
@@ -180,6 +180,7 @@ def _attempt(call: Callable[[], Result], repo_id: str, waits: tuple[float, ...])
             explained = _explained(error, repo_id)
             if wait is None or not explained.is_temporary:
                 raise explained from error
+        console.print(f"{explained}. Trying again in {wait:g} s", highlight=False, markup=False, soft_wrap=True)
         time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
@@ -191,7 +192,10 @@ def _explained(error: Exception, repo_id: str) -> HubError:
         cause = cause.__cause__
     if not isinstance(cause, HfHubHTTPError):
         reason = cause or error
-        message = f"the Hub can't be reached ({type(reason).__name__}: {reason}); check the connection"
+        message = (
+            f"the Hub can't be reached ({type(reason).__name__}: {reason}); check the connection and push "
+            "again, which sends only what is missing"
+        )
         return HubError(message, is_temporary=True)
     status = cause.response.status_code
     said = f"{status}: {cause.server_message}" if cause.server_message else str(status)
@@ -204,7 +208,7 @@ def _explained(error: Exception, repo_id: str) -> HubError:
             "you or an organisation of yours"
         )
     elif status in _TEMPORARY_STATUS:
-        message = f"the Hub doesn't work at the moment ({said}); try later"
+        message = f"the Hub doesn't work at the moment ({said}); push again later, which sends only what is missing"
     else:
         message = f"the Hub refused {repo_id} ({said})"
     return HubError(message, is_temporary=status in _TEMPORARY_STATUS)
