@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -23,38 +24,60 @@ def draw_losses(losses: Mapping[str, Sequence[tuple[int, float]]]) -> Image.Imag
             means over stretches.
     """
     curves = {name: _averaged(points) for name, points in losses.items()}
-    values = [value for points in curves.values() for _, value in points]
-    steps = [step for points in curves.values() for step, _ in points]
-    is_log = min(values) > 0
-    low, high = (math.log10(bound) if is_log else bound for bound in (min(values), max(values)))
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
-    first, last = min(steps), max(max(steps), min(steps) + 1)
-
-    def place(step: float, level: float) -> tuple[float, float]:
-        x = _LEFT + (step - first) / (last - first) * (_WIDTH - _LEFT - _RIGHT)
-        y = _TOP + (high - level) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
-        return x * _SCALE, y * _SCALE
-
+    axes = _Axes.around([point for points in curves.values() for point in points])
     image = Image.new("RGB", (_WIDTH * _SCALE, _HEIGHT * _SCALE), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12 * _SCALE)
-    for level in (low + (high - low) * part / 4 for part in range(5)):
-        draw.line([place(first, level), place(last, level)], fill=_GRID, width=_SCALE)
-        text = f"{10**level if is_log else level:.3g}"
-        draw.text((place(first, level)[0] - 6 * _SCALE, place(first, level)[1]), text, _TEXT, font, anchor="rm")
-    for step, anchor in ((first, "la"), (last, "ra")):
-        x, y = place(step, low)
-        draw.text((x, y + 6 * _SCALE), f"step {step}", _TEXT, font, anchor=anchor)
+    _draw_grid(draw, font, axes)
     left = float(_LEFT * _SCALE)
     for index, (name, points) in enumerate(curves.items()):
         colour = _COLOURS[index % len(_COLOURS)]
-        line = [place(step, math.log10(value) if is_log else value) for step, value in points]
+        line = [axes.place(step, axes.level(value)) for step, value in points]
         if len(line) == 1:
             line.append((line[0][0] + 4 * _SCALE, line[0][1]))
         draw.line(line, fill=colour, width=2 * _SCALE, joint="curve")
         draw.text((left, 6 * _SCALE), f"loss/{name}", colour, font)
         left += font.getlength(f"loss/{name}") + 24 * _SCALE
     return image.resize((_WIDTH, _HEIGHT), Image.Resampling.LANCZOS)
+
+
+@dataclass(frozen=True)
+class _Axes:
+    first: float
+    last: float
+    low: float
+    high: float
+    is_log: bool
+
+    @classmethod
+    def around(cls, points: Sequence[tuple[float, float]]) -> "_Axes":
+        steps, values = [step for step, _ in points], [value for _, value in points]
+        is_log = min(values) > 0
+        low, high = (math.log10(bound) if is_log else bound for bound in (min(values), max(values)))
+        if high - low < 1e-9:
+            low, high = low - 0.5, high + 0.5
+        return cls(min(steps), max(max(steps), min(steps) + 1), low, high, is_log)
+
+    def level(self, value: float) -> float:
+        """Where a value is on the vertical axis, between `low` and `high`."""
+        return math.log10(value) if self.is_log else value
+
+    def place(self, step: float, level: float) -> tuple[float, float]:
+        """In pixels of the enlarged picture."""
+        x = _LEFT + (step - self.first) / (self.last - self.first) * (_WIDTH - _LEFT - _RIGHT)
+        y = _TOP + (self.high - level) / (self.high - self.low) * (_HEIGHT - _TOP - _BOTTOM)
+        return x * _SCALE, y * _SCALE
+
+
+def _draw_grid(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, axes: _Axes) -> None:
+    """Five levels, and the first and last step."""
+    for level in (axes.low + (axes.high - axes.low) * part / 4 for part in range(5)):
+        left, right = axes.place(axes.first, level), axes.place(axes.last, level)
+        draw.line([left, right], fill=_GRID, width=_SCALE)
+        text = f"{10**level if axes.is_log else level:.3g}"
+        draw.text((left[0] - 6 * _SCALE, left[1]), text, _TEXT, font, anchor="rm")
+    for step, anchor in ((axes.first, "la"), (axes.last, "ra")):
+        x, y = axes.place(step, axes.low)
+        draw.text((x, y + 6 * _SCALE), f"step {step:.0f}", _TEXT, font, anchor=anchor)
 
 
 def _averaged(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:

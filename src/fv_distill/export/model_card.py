@@ -87,7 +87,7 @@ def _opening(section: str) -> str:
 
 
 def _section(name: str, body: str) -> str:
-    return f"{_opening(name)}\n{body}\n{_CLOSING}"
+    return "\n".join(filter(None, [_opening(name), body, _CLOSING]))
 
 
 def _metadata(info: StudentInfo, base: BaseCard, directory: Path) -> ModelCardData:
@@ -205,16 +205,18 @@ def _shown(value: Any) -> str:
 
 def _licence(info: StudentInfo, base: BaseCard) -> str:
     name = code(public_name(info.base_model))
-    files = f" Its {' and '.join(code(file) for file in base.files)} are in this repository." if base.files else ""
     if base.license is None:
-        return (
-            f"## Licence\n\nUnknown: the card of {name} names no licence. These weights are derived from that model, "
-            f"whose terms have to be looked up before they are used or passed on.{files}"
+        said = (
+            f"Unknown: the card of {name} names no licence. These weights are derived from that model, whose terms "
+            "have to be looked up before they are used or passed on."
         )
-    licence = ", ".join(map(str, base.license)) if isinstance(base.license, list) else str(base.license)
-    full_name = f", {text(base.license_name)}" if base.license_name else ""
-    link = f" ({text(base.license_link)})" if base.license_link else ""
-    return f"## Licence\n\n{text(licence)}{full_name}{link}, inherited from {name}.{files}"
+    else:
+        licence = ", ".join(map(str, base.license)) if isinstance(base.license, list) else str(base.license)
+        full_name = f", {text(base.license_name)}" if base.license_name else ""
+        link = f" ({text(base.license_link)})" if base.license_link else ""
+        said = f"{text(licence)}{full_name}{link}, inherited from {name}."
+    files = ", ".join(code(file) for file in base.files)
+    return f"## Licence\n\n{said}" + (f" Copied from it: {files}." if files else "")
 
 
 def _made_with(info: StudentInfo) -> str:

@@ -1,0 +1,41 @@
+"""Training runs that push, for a process whose Hub is the one that its environment names.
+
+python push_runs.py CONFIG...
+"""
+
+import sys
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from fv_distill.callbacks import Callback
+from fv_distill.export import hub
+from fv_distill.training import run_training_from_config
+
+# Outages here last as long as a test wants them to.
+hub.RETRY_WAITS = (0.01,)
+
+
+class WaitForPush(Callback):
+    """Give the push of the last checkpoint the time that a real step takes."""
+
+    def on_training_step_end(self, trainer, metrics):
+        future = trainer.callbacks["pipeline.push_to_hub"]._future
+        if future is not None:
+            future.exception()
+
+
+def main() -> None:
+    for path in map(Path, sys.argv[1:]):
+        try:
+            run_training_from_config(path)
+        except ValueError as error:
+            print(f"{path.name}: {type(error).__name__}: {error}")
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+            PartialState._reset_state()
+
+
+if __name__ == "__main__":
+    main()
