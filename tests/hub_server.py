@@ -44,13 +44,14 @@ class Request:
 
 @dataclass
 class Fault:
-    """What happens to matching requests; `after` cuts the connection when so many bytes of the body are read."""
+    """What happens to matching requests but the first `skip`: a status, or a cut after so many bytes of the body."""
 
     pattern: re.Pattern[str]
     times: int
     status: int = 500
     message: str = "broken on purpose"
     after: int | None = None
+    skip: int = 0
     reached: Callable[[], None] = lambda: None
 
 
@@ -98,7 +99,11 @@ class HubServer:
     def fault_for(self, request: str) -> Fault | None:
         with self._lock:
             for fault in self._faults:
-                if fault.times > 0 and fault.pattern.search(request):
+                if not fault.pattern.search(request):
+                    continue
+                if fault.skip > 0:
+                    fault.skip -= 1
+                elif fault.times > 0:
                     fault.times -= 1
                     return fault
         return None

@@ -3,6 +3,8 @@
 python push_runs.py CONFIG...
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,12 +14,12 @@ from fv_distill.callbacks import Callback
 from fv_distill.export import hub
 from fv_distill.training import run_training_from_config
 
-# Outages here last as long as a test wants them to.
+# Outages last as long as the test wants them to.
 hub.RETRY_WAITS = (0.01,)
 
 
 class WaitForPush(Callback):
-    """Give the push of the last checkpoint the time that a real step takes."""
+    """Gives the push of the last checkpoint the time that real steps take."""
 
     def on_training_step_end(self, trainer, metrics):
         future = trainer.callbacks["pipeline.push_to_hub"]._future
@@ -25,12 +27,21 @@ class WaitForPush(Callback):
             future.exception()
 
 
+class Stop(Callback):
+    """What a scheduler does at a time limit."""
+
+    def on_training_step_end(self, trainer, metrics):
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main() -> None:
     for path in map(Path, sys.argv[1:]):
+        print(f"== {path.stem}")
         try:
             run_training_from_config(path)
         except ValueError as error:
-            print(f"{path.name}: {type(error).__name__}: {error}")
+            print(f"{type(error).__name__}: {error}")
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
