@@ -43,12 +43,16 @@ def test_import_needs_nothing_heavy():
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["train"], ["export"], ["convert-wan"], ["estimate"], ["evaluate"], ["report"], ["demo"]],
+    [[], ["train"], ["export"], ["push"], ["convert-wan"], ["estimate"], ["evaluate"], ["report"], ["demo"]],
     ids=lambda words: " ".join(words) or "fv-distill",
 )
 def test_help_is_quick_and_needs_nothing_heavy(words):
     assert heavy_modules_after(f"from fv_distill.cli import main\nmain({[*words, '--help']!r})") == "HEAVY []"
     assert best_seconds("-m", "fv_distill", *words, "--help") < HELP_LIMIT
+
+
+def test_pushing_needs_nothing_heavy():
+    assert heavy_modules_after("import fv_distill.export.hub") == "HEAVY []"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)

@@ -103,6 +103,27 @@ def export(words: Sequence[str]) -> None:
     console.print(f"exported {args.role} to {args.output_dir}", highlight=False, markup=False)
 
 
+def push(words: Sequence[str]) -> None:
+    """Upload an export to the Hugging Face Hub, or any diffusers or LoRA directory; again to resume or update.
+
+    The login is that of `hf auth login`, or the environment's HF_TOKEN.
+    """
+    parser = argparse.ArgumentParser(prog="fv-distill push", description=push.__doc__, allow_abbrev=False)
+    parser.add_argument("directory", metavar="DIR", type=Path, help="what to upload")
+    parser.add_argument("repo_id", metavar="REPO", help="owner/name; made if it isn't there")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument(
+        "--evaluation", metavar="FILE", type=Path, help="a JSON file with the rows of the card's quality table"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    args = parser.parse_args(words)
+    with exit_on_user_error(debug=args.debug):
+        from .export.hub import push_directory
+
+        url = push_directory(args.directory, args.repo_id, private=args.private, evaluation=args.evaluation)
+    console.print(f"pushed {args.directory} to {url}", highlight=False, markup=False, soft_wrap=True)
+
+
 def convert_wan(words: Sequence[str]) -> None:
     """Turn original Wan or Self-Forcing weights into a diffusers directory, or with --to-original the other way."""
     parser = argparse.ArgumentParser(prog="fv-distill convert-wan", description=convert_wan.__doc__, allow_abbrev=False)
@@ -288,6 +309,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train, "train what a YAML file describes"),
     "make-trajectories": (make_trajectories, "make the teacher paths that knowledge distillation trains on"),
     "export": (export, "make a diffusers directory of a checkpoint"),
+    "push": (push, "upload an export to the Hugging Face Hub"),
     "convert-wan": (convert_wan, "turn original Wan or Self-Forcing weights into a diffusers directory, or back"),
     "generate": (generate, "make a video with a model, streamed where it is causal"),
     "report": (report, "make one HTML page of a run"),

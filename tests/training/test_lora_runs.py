@@ -113,6 +113,8 @@ def test_the_snippet_of_a_lora_card_runs(shared, tiny_wan, tmp_path, monkeypatch
     _, output_dir = shared
     directory = tmp_path / "lora"
     cli.main(["export", "--checkpoint", str(checkpoint(output_dir, 4)), "--output-dir", str(directory)])
+    # The card names no more of a local base model than its directory, which lies beside the adapter then.
+    (tmp_path / tiny_wan.name).symlink_to(tiny_wan)
     monkeypatch.chdir(tmp_path)
     snippet = (directory / "README.md").read_text().split("```python")[1].split("```")[0]
     assert "load_lora_weights" in snippet

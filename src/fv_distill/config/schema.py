@@ -1,14 +1,16 @@
 """The sections of a run's config as typed, described fields. Free of torch: `--help` reads it."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 ExportFormat = Literal["diffusers", "lora", "comfyui", "merged", "original"]
 Scheduler = Literal["constant", "linear", "cosine", "polynomial"]
 Placement = Literal["auto", "replicated", "offloaded"]
+HubStrategy = Literal["end", "every_save", "checkpoint"]
 
 
 class ConfigError(ValueError):
@@ -235,6 +237,21 @@ class PipelineConfig(Section):
     push_to_hub: bool = Field(False, description="upload the export to the Hub")
     hub_model_id: str | None = Field(None, description="owner/name on the Hub")
     hub_private: bool = Field(False, description="make the Hub repository private")
+    hub_strategy: HubStrategy = Field(
+        "end",
+        description="end pushes the export at the end; every_save one of each checkpoint too; checkpoint pushes the "
+        "newest checkpoint besides, as last-checkpoint",
+    )
+
+    @field_validator("hub_model_id")
+    @classmethod
+    def _owner_and_name(cls, value: str | None) -> str | None:
+        # As huggingface_hub checks it, but before training; importing that for a pattern would slow --help down.
+        if value is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value, re.ASCII):
+            raise ValueError(
+                "must be owner/name, as in the address of the repository, with letters, digits, _, - and ."
+            )
+        return value
 
     @model_validator(mode="after")
     def _push_needs_an_export(self) -> "PipelineConfig":

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from fv_distill.models.pretrained import parse_dtype, resolve_directory
 
 from .call_arguments import training_call_arguments
 from .checkpoint_weights import load_role_weights, read_checkpoint_metadata
-from .diffusers_dir import StudentInfo, build_transformer, export_diffusers_directory
+from .diffusers_dir import build_transformer, export_diffusers_directory
 from .lora_file import LoraWeights, export_lora_directory, merge_lora, write_comfyui_lora
+from .run_record import RunFiles, find_run, training_record
+from .student_info import StudentInfo
 from .wan_keys import convert_state_dict_to_original
 from .weights_file import check_output_file, write_weights_file
 
@@ -32,6 +34,7 @@ def convert(
     dtype: str | None = None,
     overwrite: bool = False,
     export_format: ExportFormat | None = None,
+    run: RunFiles | None = None,
 ) -> Path:
     """Make one role of a training checkpoint useful elsewhere, on one process.
 
@@ -47,6 +50,7 @@ def convert(
             the same in the original Wan's names; "merged", a complete directory with the adapter in its weights;
             "original", the complete network in the original Wan's names. None is "lora" for an adapter of a network
             that stock pipelines sample, else a complete directory.
+        run: where the run's losses and validation clips lie, for the card; None looks around the checkpoint.
 
     Raises:
         FileNotFoundError: if the checkpoint is incomplete or the base model isn't there.
@@ -79,13 +83,15 @@ def convert(
         ),
         versions=metadata["versions"],
         hub_model_id=pipeline["hub_model_id"] if pipeline["push_to_hub"] else None,
+        training=training_record(metadata),
     )
     weights = load_role_weights(checkpoint, "ema" if averaged else role)
     spec = metadata["lora"].get(role)
     lora = None if spec is None else LoraWeights(weights, LoraSpec(**spec))
     if export_format is None:
         export_format = "lora" if lora is not None and info.causal is None else "diffusers"
-    return _write(Path(output_dir), weights, lora, info, export_format, dtype=dtype, overwrite=overwrite)
+    output, run = Path(output_dir), run or find_run(Path(checkpoint), metadata["config"])
+    return _write(output, weights, lora, info, export_format, dtype=dtype, overwrite=overwrite, run=run)
 
 
 def _write(
@@ -97,6 +103,7 @@ def _write(
     *,
     dtype: str | None,
     overwrite: bool,
+    run: RunFiles | None,
 ) -> Path:
     to_dtype = None if dtype is None else parse_dtype(dtype)
     if export_format in ("lora", "comfyui", "merged") and lora is None:
@@ -106,13 +113,13 @@ def _write(
             lora = replace(lora, weights={key: value.to(to_dtype) for key, value in lora.weights.items()})
         if export_format == "comfyui":
             return write_comfyui_lora(output, lora, overwrite=overwrite)
-        return export_lora_directory(output, lora, replace(info, lora=asdict(lora.spec)), overwrite=overwrite)
+        return export_lora_directory(output, lora, info, overwrite=overwrite, run=run)
     if export_format == "original":
         check_output_file(output, overwrite=overwrite)
     if lora is not None:
         weights = merge_lora(info.base_model, lora)
     if export_format != "original":
-        return export_diffusers_directory(output, weights, info, dtype=to_dtype, overwrite=overwrite)
+        return export_diffusers_directory(output, weights, info, dtype=to_dtype, overwrite=overwrite, run=run)
     transformer = build_transformer(resolve_directory(info.base_model), weights, dtype=to_dtype)
     return write_weights_file(output, convert_state_dict_to_original(transformer.state_dict()))
 

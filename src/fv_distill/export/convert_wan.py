@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -12,14 +11,13 @@ from fv_distill.models.pretrained import check_weights_fit, parse_dtype, resolve
 from fv_distill.schedules.few_step import check_falling
 
 from .diffusers_dir import (
-    INFO_FILE,
-    StudentInfo,
     build_transformer,
     cast_weights,
     check_output,
     empty_transformer,
     pipeline_directory,
 )
+from .student_info import StudentInfo, write_info
 from .wan_checkpoint import OriginalCheckpoint, read_original_checkpoint, read_safetensors_directory
 from .wan_keys import convert_state_dict, convert_state_dict_to_original, to_original_key
 from .weights_file import check_output_file, write_weights_file
@@ -97,8 +95,7 @@ def convert_wan_checkpoint(
         )
         (partial / "README.md").write_text(card)
         if streaming is not None:
-            info = {**asdict(streaming), "call": streaming.pipeline_call}
-            (partial / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
+            write_info(partial, streaming)
     return output_dir
 
 

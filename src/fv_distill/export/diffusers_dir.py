@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,46 +14,9 @@ from torch import Tensor, nn
 from fv_distill.models.pretrained import check_weights_fit, resolve_directory
 
 from .model_card import write_model_card
+from .run_record import RECORD_FILES, RunFiles, copy_run_assets
 from .scheduler import few_step_scheduler
-
-INFO_FILE = "fv_distill.json"
-
-
-@dataclass(frozen=True)
-class StudentInfo:
-    """What a user has to know to sample from an export; written to `fv_distill.json`.
-
-    Attributes:
-        base_model: the directory or Hub id it was distilled from.
-        method: dotted path of the training method.
-        sigmas: the trained noise levels without the final 0, or None to sample as the base model is sampled.
-        sample_type: "sde" or "ode".
-        causal: adapter, chunk size, window, sinks and context noise of a student that streams; None for others.
-        step: optimisation steps of the training run.
-        averaged: whether these are EMA weights.
-        call: further arguments of the pipeline's call: size, frames, text length.
-        versions: of the libraries that trained it.
-        hub_model_id: where the export is going to be uploaded; the card's snippet then loads it from there.
-        lora: the adapter's rank, alpha, targets and kind, if this is one to be loaded onto the base model.
-    """
-
-    base_model: str
-    method: str
-    sigmas: tuple[float, ...] | None = None
-    sample_type: str = "sde"
-    causal: dict[str, Any] | None = None
-    step: int = 0
-    averaged: bool = False
-    call: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    hub_model_id: str | None = None
-    lora: dict[str, Any] | None = None
-
-    @property
-    def pipeline_call(self) -> dict[str, Any]:
-        """All arguments of the pipeline's call but the prompt; few-step students have a step count and no guidance."""
-        few_step = {} if self.sigmas is None else {"num_inference_steps": len(self.sigmas), "guidance_scale": 1.0}
-        return {**self.call, **few_step}
+from .student_info import INFO_FILE, StudentInfo, write_info
 
 
 def export_diffusers_directory(
@@ -64,6 +26,7 @@ def export_diffusers_directory(
     *,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    run: RunFiles | None = None,
 ) -> Path:
     """Write the base model's directory with the student's transformer and a scheduler that visits its sigmas.
 
@@ -75,6 +38,7 @@ def export_diffusers_directory(
         info: where it comes from and how it is sampled; `num_inference_steps` is `len(info.sigmas)`, guidance 1.
         dtype: of the written transformer; None keeps the weights' own.
         overwrite: replace an existing directory.
+        run: what the training run left behind, for the card.
 
     Raises:
         FileExistsError: if the directory isn't empty, and `overwrite` is off or it is no diffusers directory.
@@ -92,8 +56,10 @@ def export_diffusers_directory(
         if scheduler is not None:
             scheduler.save_pretrained(partial / "scheduler")
             _set_scheduler_class(partial / "model_index.json", type(scheduler).__name__)
-        (partial / INFO_FILE).write_text(json.dumps({**asdict(info), "call": info.pipeline_call}, indent=2) + "\n")
-        write_model_card(partial / "README.md", info, name=info.hub_model_id or output_dir.name)
+        write_info(partial, info)
+        if run is not None:
+            copy_run_assets(run, partial, step=info.step)
+        write_model_card(partial / "README.md", info, name=info.hub_model_id or output_dir.name, base=base)
     return output_dir
 
 
@@ -110,12 +76,14 @@ def pipeline_directory(
 
     Args:
         output_dir: the final name; see `check_output`.
-        base: the directory to copy, less its card, its `fv_distill.json` and what belongs to git and the Hub's cache.
+        base: the directory to copy, less its card, its record (`fv_distill.json`, assets, evaluation) and what belongs
+            to git and the Hub's cache.
         transformer: written as `component`.
         component: the pipeline's name for it.
         skipped: further names of the base directory that are not copied.
     """
-    names = [component, *skipped, INFO_FILE, "README.md", ".cache", ".git*"]
+    # What an earlier export tells of itself is no news of this one.
+    names = [component, *skipped, INFO_FILE, "README.md", *RECORD_FILES, ".cache", ".git*"]
     with replaced_directory(output_dir) as partial:
         shutil.copytree(base, partial, ignore=shutil.ignore_patterns(*names), dirs_exist_ok=True)
         cast(Any, transformer).save_pretrained(partial / component)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch import Tensor
 from fv_distill.lora import LoraSpec
 from fv_distill.models.pretrained import resolve_directory
 
-from .diffusers_dir import INFO_FILE, StudentInfo, check_output, replaced_directory
+from .diffusers_dir import check_output, replaced_directory
 from .model_card import write_model_card
+from .run_record import RunFiles, copy_run_assets
 from .scheduler import few_step_scheduler
+from .student_info import StudentInfo, write_info
 from .wan_keys import to_original_key
 from .weights_file import check_output_file, write_weights_file
 
@@ -37,7 +39,12 @@ class LoraWeights:
 
 
 def export_lora_directory(
-    output_dir: str | Path, lora: LoraWeights, info: StudentInfo, *, overwrite: bool = False
+    output_dir: str | Path,
+    lora: LoraWeights,
+    info: StudentInfo,
+    *,
+    overwrite: bool = False,
+    run: RunFiles | None = None,
 ) -> Path:
     """Write a directory that `pipe.load_lora_weights` takes, with PEFT's config in the file's metadata.
 
@@ -49,6 +56,7 @@ def export_lora_directory(
         lora: the adapter.
         info: where it comes from and how it is sampled.
         overwrite: replace an earlier export.
+        run: where the run's losses and validation clips lie, for the card.
 
     Raises:
         FileExistsError: if the directory isn't empty, and `overwrite` is off or it holds something else.
@@ -66,9 +74,11 @@ def export_lora_directory(
         if info.sigmas is not None and info.causal is None:
             scheduler: Any = few_step_scheduler(info.sigmas, sample_type=info.sample_type)
             scheduler.save_pretrained(partial / "scheduler")
-        description = {**asdict(info), "call": info.pipeline_call}
-        (partial / INFO_FILE).write_text(json.dumps(description, indent=2) + "\n")
-        write_model_card(partial / "README.md", info, name=info.hub_model_id or output_dir.name)
+        info = replace(info, lora_weights=DIFFUSERS_FILE, lora=asdict(lora.spec))
+        write_info(partial, info)
+        if run is not None:
+            copy_run_assets(run, partial, step=info.step)
+        write_model_card(partial / "README.md", info, name=info.hub_model_id or output_dir.name, base=base)
     return output_dir
 
 

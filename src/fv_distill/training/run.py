@@ -9,10 +9,12 @@ from typing import Any
 
 import datasets
 import diffusers
+import huggingface_hub
 import transformers
 from accelerate import Accelerator, PartialState
 
 from fv_distill.callbacks.base import CallbackDict
+from fv_distill.callbacks.hub import HUB_CALLBACK, HubCallback
 from fv_distill.config.instantiate import instantiate, resolve_target
 from fv_distill.config.load import dump_run_config, load_run_config
 from fv_distill.config.local_modules import search_beside
@@ -21,7 +23,7 @@ from fv_distill.console import console
 from fv_distill.data.parquet import ParquetDataset
 from fv_distill.export.checkpoint_weights import read_checkpoint_metadata
 from fv_distill.export.convert import convert
-from fv_distill.export.hub import push_directory
+from fv_distill.export.hub import HubError, open_repository
 from fv_distill.export.scheduler import few_step_scheduler
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.models.base import CausalModelBase, ModelBase
@@ -31,6 +33,7 @@ from fv_distill.rollouts.ode import STATES
 from .checkpoint import AUTO, complete_checkpoints, find_checkpoint
 from .context_parallel import ContextGroups
 from .launch_modes import describe_launch
+from .main_process import on_main_process, raise_everywhere
 from .output_directory import check_output_directory
 from .restart import refuse_another_run
 from .sessions import SESSIONS_FILE
@@ -120,7 +123,7 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
 
     Raises:
         FileExistsError: if the directory holds another run.
-        ValueError: if it can't be written.
+        ValueError: if it can't be written, or the Hub would refuse the export that is to be pushed.
     """
     training = config.training
     _quieten_libraries()
@@ -145,6 +148,8 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
             _remove_run(Path(training.output_dir))
         accelerator.wait_for_everyone()
         check_output_directory(accelerator, Path(training.output_dir))
+        if config.pipeline.push_to_hub:
+            _check_hub(accelerator, config)
     return accelerator
 
 
@@ -289,10 +294,13 @@ def method_class(config: RunConfig) -> type[TrainingMethod]:
 
 
 def build_callbacks(config: RunConfig) -> CallbackDict:
-    """The callbacks of the config."""
+    """The callbacks of the config, and behind them the one that pushes to the Hub, if asked for."""
     search_beside(config.source_folder)
     options = {name: callback.as_kwargs() for name, callback in config.callbacks.items()}
-    return CallbackDict(options, config.training)
+    callbacks = CallbackDict(options, config.training)
+    if config.pipeline.push_to_hub:
+        callbacks.add(HUB_CALLBACK, HubCallback(config.pipeline))
+    return callbacks
 
 
 def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig) -> None:
@@ -333,21 +341,46 @@ def _check_export(sigmas: Sequence[float], sample_type: str, *, wanted: bool) ->
 def export_if_asked(trainer: Trainer) -> None:
     """Make a diffusers directory of the last checkpoint's student, and push it, as `pipeline` says.
 
-    A run that was stopped early exports nothing: it isn't done.
+    A run that was stopped early exports nothing, as it isn't done; where every checkpoint is pushed, its last one too.
+
+    Raises:
+        HubError: on the main process, if the Hub can't be used; the export is there then.
     """
-    if trainer.stopped_by is not None:
-        return
     pipeline = trainer.config.pipeline
-    if pipeline.export_dir is not None and trainer.accelerator.is_main_process:
-        checkpoint = trainer.checkpoints.latest()
-        assert checkpoint is not None, "training ends with a checkpoint"
-        convert(checkpoint, pipeline.export_dir, ema=pipeline.ema, overwrite=True, export_format=pipeline.export_format)
-        console.print(f"exported the student to {pipeline.export_dir}", highlight=False, markup=False)
-        if pipeline.push_to_hub:
-            assert pipeline.hub_model_id is not None, "checked with the config"
-            url = push_directory(pipeline.export_dir, pipeline.hub_model_id, private=pipeline.hub_private)
-            console.print(f"pushed to {url}", highlight=False, markup=False)
-    trainer.accelerator.wait_for_everyone()
+    if HUB_CALLBACK in trainer.callbacks:
+        hub = trainer.callbacks[HUB_CALLBACK]
+        assert isinstance(hub, HubCallback)
+        hub.finish(trainer)
+    elif pipeline.push_to_hub:
+        # Callbacks that were put together by hand.
+        HubCallback(pipeline).finish(trainer)
+    elif pipeline.export_dir is not None and trainer.stopped_by is None:
+        on_main_process(trainer.accelerator, lambda: _export(trainer), name="export")
+
+
+def _export(trainer: Trainer) -> None:
+    pipeline, checkpoint = trainer.config.pipeline, trainer.checkpoints.latest()
+    assert checkpoint is not None, "training ends with a checkpoint"
+    assert pipeline.export_dir is not None, "the caller looked"
+    convert(checkpoint, pipeline.export_dir, ema=pipeline.ema, overwrite=True, export_format=pipeline.export_format)
+    console.print(f"exported the student to {pipeline.export_dir}", highlight=False, markup=False)
+
+
+def _check_hub(accelerator: Accelerator, config: RunConfig) -> None:
+    """Find out now whether the student can be pushed at the end; that the Hub is away now is no reason not to train."""
+    pipeline = config.pipeline
+    assert pipeline.hub_model_id is not None, "checked with the config"
+    repo_id = pipeline.hub_model_id
+
+    def check() -> None:
+        try:
+            open_repository(repo_id, private=pipeline.hub_private)
+        except HubError as error:
+            if not error.is_temporary:
+                raise ValueError(f"pipeline.push_to_hub: {error}") from error
+            console.print(f"[yellow]warning:[/yellow] pipeline.push_to_hub: {error}. Training starts all the same")
+
+    raise_everywhere(accelerator, check)
 
 
 def describe_role(config: RunConfig, role: str, model: ModelBase) -> str:
@@ -389,6 +422,7 @@ def print_dry_run(trainer: Trainer) -> None:
 def _quieten_libraries() -> None:
     """One progress bar is enough: ours."""
     datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     # Said at every forward of every network; the adapters never write into an output in place.

@@ -1,0 +1,58 @@
+"""Python that samples one clip from an export, for its card."""
+
+import json
+
+from .student_info import StudentInfo, public_name
+
+_PROMPT = "a cat walks through snow"
+_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+
+
+def sampling_snippet(info: StudentInfo, *, name: str) -> str:
+    """Code to be run where the export `name` lies, or anywhere if that is a Hub id."""
+    if info.causal is not None:
+        return "\n".join(
+            [
+                "from diffusers.utils import export_to_gif",
+                "from fv_distill.generation import VideoStreamer",
+                "",
+                f"streamer = VideoStreamer.from_pretrained({_quoted(name)})",
+                f"chunks = streamer.stream({_quoted(_PROMPT)}, seed=0)",
+                "frames = [frame / 255 for chunk in chunks for frame in chunk]",
+                'export_to_gif(frames, "sample.gif")',
+            ]
+        )
+    # The base model's scheduler doesn't visit the trained noise levels; a whole export has its own in its place.
+    scheduler = [_SCHEDULER] if info.lora_weights is not None and info.sigmas is not None else []
+    call = {"prompt": _PROMPT, **info.pipeline_call}
+    return "\n".join(
+        [
+            "import torch",
+            f"from diffusers import {', '.join(['DiffusionPipeline', *scheduler])}",
+            "from diffusers.utils import export_to_gif",
+            "",
+            'device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)',
+            *_loading(info, name, scheduler),
+            "torch.manual_seed(0)",
+            "result = pipe(",
+            *(f"    {key}={_quoted(value) if isinstance(value, str) else repr(value)}," for key, value in call.items()),
+            '    output_type="pil",',
+            ")",
+            'export_to_gif(result.frames[0], "sample.gif")',
+        ]
+    )
+
+
+def _loading(info: StudentInfo, name: str, scheduler: list[str]) -> list[str]:
+    if info.lora_weights is None:
+        return [f"pipe = DiffusionPipeline.from_pretrained({_quoted(name)}, dtype=dtype).to(device)"]
+    return [
+        f"pipe = DiffusionPipeline.from_pretrained({_quoted(public_name(info.base_model))}, dtype=dtype).to(device)",
+        f"pipe.load_lora_weights({_quoted(name)}, weight_name={_quoted(info.lora_weights)})",
+        *(f'pipe.scheduler = {kind}.from_pretrained({_quoted(name)}, subfolder="scheduler")' for kind in scheduler),
+    ]
+
+
+def _quoted(value: str) -> str:
+    # JSON's escapes are Python's too, except those of characters beyond 16 bits.
+    return json.dumps(value, ensure_ascii=False)
