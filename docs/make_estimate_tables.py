@@ -1,7 +1,7 @@
 """The table of docs/estimate.md: what Wan takes on 1, 8 and 64 H100s, by `fv-distill estimate`'s own numbers.
 
-    python docs/make_estimate_tables.py          # writes the page
-    python docs/make_estimate_tables.py --check  # status 1 if it is out of date
+python docs/make_estimate_tables.py          # writes the page
+python docs/make_estimate_tables.py --check  # status 1 if it is out of date
 """
 
 import argparse
