@@ -195,13 +195,11 @@ def _measure_peaks(
     """The run's own peaks; activations without and with checkpointing by role; which of the two is the run's own."""
     make_batch = batch_maker(clip)
 
-    def simulate() -> list[UpdatePeak]:
-        return simulate_updates(method, make_batch, layout=layout, accumulation_steps=clip.accumulation_steps)
-
-    peaks = simulate()
+    peaks = simulate_updates(method, make_batch, layout=layout, accumulation_steps=clip.accumulation_steps)
     own = {peak.role: bool(_network(method, peak.role).is_gradient_checkpointing) for peak in peaks}
     with _checkpointing_flipped(method):
-        flipped = simulate()
+        # Only activations are looked at, which one micro-batch has as well as two.
+        flipped = simulate_updates(method, make_batch, layout=layout, accumulation_steps=1)
     names = {False: "without", True: "with"}
     activations: dict[str, dict[str, int]] = {role: {} for role in own}
     for found, is_own in ((peaks, True), (flipped, False)):
