@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -17,8 +18,9 @@ demo: $(STAMP)
 demo-causal: $(STAMP)
 	$(BIN)/python examples/scenarios/causal_wan/run.py --overwrite
 
+# A thread each: tests are small, and two workers that share cores with their own threads wait for each other.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile
 
 style: $(STAMP)
 	$(BIN)/ruff format .

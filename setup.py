@@ -19,6 +19,7 @@ EXTRAS["dev"] = [
     *EXTRAS["wandb"],
     *EXTRAS["trackio"],
     "pytest>=9,<10",
+    "pytest-xdist>=3.8,<4",
     "ruff==0.17.6",
     "mypy==2.4.1",
     "types-PyYAML==6.0.12.20261113",

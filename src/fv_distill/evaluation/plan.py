@@ -126,7 +126,7 @@ def make_plan(
     else:
         if extra_steps or reference_steps is not None or reference_guidance is not None:
             raise ValueError("real clips have no steps and no guidance: leave reference_* and extra_steps out")
-        ways = [Way(REAL_NAME, Path(reference), None, None, "real"), last]
+        ways = [Way(REAL_NAME, Path(reference).expanduser(), None, None, "real"), last]
     if len({way.name for way in ways}) < len(ways):
         raise ValueError(f"two rows would be called {last.name!r}; give another model_name or reference_name")
     texts = (_read_all(prompts) or ([] if real is None else real.captions))[:max_prompts]
