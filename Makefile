@@ -1,4 +1,5 @@
 # make demo   set up, distil the digits teacher, show what came out
+# make demo-lora     the same, and a student that is a LoRA on the teacher's network
 # make demo-causal   the same, into a student that streams
 # make test   set up, run the tests
 # make style  format and mend what can be mended;  make quality  check only
@@ -10,10 +11,13 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-causal test style quality clean
+.PHONY: demo demo-lora demo-causal test style quality clean
 
 demo: $(STAMP)
 	$(BIN)/fv-distill demo
+
+demo-lora: $(STAMP)
+	$(BIN)/fv-distill demo --lora --output-dir outputs/demo-lora
 
 demo-causal: $(STAMP)
 	$(BIN)/python examples/scenarios/causal_wan/run.py --overwrite

@@ -105,3 +105,12 @@ def test_overhead(tmp_path):
     assert result["tokens"] == 4 and result["threads"] == 1 and result["steps"] == 6
     assert 0 < result["without_ms"] < 10_000 and 0 < result["with_ms"] < 10_000
     assert result["ratio_of_cpu_time"] > 0 and result["ratio_of_cpu_sums"] > 0
+
+
+@pytest.mark.slow
+def test_shared_base(tmp_path):
+    # Wide enough for weights to count beside what a step allocates in passing.
+    small = ["--layers", "4", "--heads", "4", "--ffn-dim", "4096", "--rank", "4", "--latent-frames", "1"]
+    result = run_benchmark(tmp_path, "shared_base", *small, "--latent-size", "4", "--steps", "1")
+    assert set(result["peak_gb"]) == {"finetune", "shared", "three"}
+    assert result["ratio_to_three_networks"] < 0.8

@@ -276,11 +276,12 @@ def demo(words: Sequence[str]) -> None:
     parser.add_argument(
         "--output-dir", type=Path, default=Path("outputs/demo"), metavar="DIR", help="default: outputs/demo"
     )
+    parser.add_argument("--lora", action="store_true", help="train a LoRA student too, and compare the two")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     args = parser.parse_args(words)
     with exit_on_user_error(debug=args.debug):
         script = demo_script()
-    flags = [name for name, on in (("--fast", args.fast), ("--debug", args.debug)) if on]
+    flags = [name for name, on in (("--fast", args.fast), ("--lora", args.lora), ("--debug", args.debug)) if on]
     # A process of its own: the demo launches training runs, and its seeds and threads are nobody else's.
     command = [sys.executable, str(script), "--seed", str(args.seed), "--output-dir", str(args.output_dir), *flags]
     status = subprocess.run(command, check=False).returncode
