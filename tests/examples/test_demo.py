@@ -15,7 +15,7 @@ ROWS = {"name", "steps", "guidance", "forward_passes", "frechet_cnn", "frechet_p
 def output(tmp_path_factory):
     directory = tmp_path_factory.mktemp("demo")
     done = subprocess.run(
-        [sys.executable, "-m", "fv_distill", "demo", "--fast", "--seed", "3", "--output-dir", str(directory)],
+        [sys.executable, "-m", "fv_distill", "demo", "--fast", "--lora", "--seed", "3", "--output-dir", str(directory)],
         capture_output=True,
         text=True,
         check=False,
@@ -30,9 +30,10 @@ def test_results_hold_every_row(output):
     results = json.loads((output / "results.json").read_text())
     assert results["seed"] == 3 and results["fast"]
     rows = results["rows"]
-    assert len(rows) == 6 and all(set(row) == ROWS for row in rows)
-    assert [row["forward_passes"] for row in rows] == [0, 8, 8, 4, 4, 4]
-    undistilled, student = rows[4:]
+    assert len(rows) == 7 and all(set(row) == ROWS for row in rows)
+    assert [row["forward_passes"] for row in rows] == [0, 8, 8, 4, 4, 4, 4]
+    undistilled, student, lora = rows[4:]
+    assert lora["name"] == "student, LoRA" and lora["frechet_pixel"] != undistilled["frechet_pixel"]
     # Even a few updates change the weights, so equal figures would mean that one network was measured twice.
     assert undistilled["frechet_pixel"] != student["frechet_pixel"]
     assert "| student |" in (output / "results.md").read_text()
