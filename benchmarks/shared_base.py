@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=12, help="of 128 dimensions")
     parser.add_argument("--ffn-dim", type=int, default=8960)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--latent-frames", type=int, default=3)
+    parser.add_argument("--latent-frames", type=int, default=2)
     parser.add_argument("--latent-size", type=int, default=8, help="height and width; a token is 2 x 2")
     parser.add_argument("--steps", type=int, default=2, help="the first warms up, and makes the optimizers' states")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)

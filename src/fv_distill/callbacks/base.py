@@ -61,7 +61,7 @@ class Callback:
         """The run is over, however it ended: at its last step, by a signal or by an error. Give back what is held."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What travels in checkpoints, as JSON values; tensors belong into `networks`."""
+        """What travels in checkpoints, as JSON values; tensors belong into `tensors`."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
