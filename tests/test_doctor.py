@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fv_distill import doctor, doctor_settings
+from fv_distill import doctor, doctor_network
+from fv_distill.training import launch_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
@@ -152,13 +153,13 @@ def accelerate_config(tmp_path, **changes):
     ],
 )
 def test_what_is_refused_in_an_accelerate_config(tmp_path, monkeypatch, changes, detail, fix):
-    monkeypatch.setattr(doctor_settings.torch.accelerator, "device_count", lambda: 8)
+    monkeypatch.setattr(launch_config.torch.accelerator, "device_count", lambda: 8)
     (check,) = accelerate_config(tmp_path, **changes)
     assert check.status == "error" and detail in check.detail and fix in check.fix
 
 
 def test_an_accelerate_config_for_another_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor_settings.torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(launch_config.torch.accelerator, "device_count", lambda: 4)
     (check,) = accelerate_config(tmp_path)
     assert check.status == "error" and "8 processes a machine, and this one has 4" in check.detail
     (check,) = accelerate_config(tmp_path, num_processes=4, fsdp_auto_wrap_policy="NO_WRAP")
@@ -167,7 +168,7 @@ def test_an_accelerate_config_for_another_machine(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_our_accelerate_configs_are_well(path, monkeypatch):
-    monkeypatch.setattr(doctor_settings.torch.accelerator, "device_count", lambda: 8)
+    monkeypatch.setattr(launch_config.torch.accelerator, "device_count", lambda: 8)
     assert [check.status for check in doctor.accelerate_config_checks(path)] == ["ok"]
 
 
@@ -177,10 +178,13 @@ def test_an_accelerate_config_that_cannot_be_read(tmp_path):
     (tmp_path / "some.yaml").write_text("num_procs: 2\n")
     (check,) = doctor.accelerate_config_checks(tmp_path / "some.yaml")
     assert check.status == "error"
+    (tmp_path / "none.yaml").write_text("a: [")
+    (check,) = doctor.accelerate_config_checks(tmp_path / "none.yaml")
+    assert check.status == "error"
 
 
 def test_variables_that_steer_the_network(monkeypatch):
-    monkeypatch.setattr(doctor_settings.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    monkeypatch.setattr(doctor_network.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "=ib0")
     monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
@@ -188,7 +192,7 @@ def test_variables_that_steer_the_network(monkeypatch):
     assert first.status == "ok" and "NCCL_SOCKET_IFNAME=eth" in first.detail
     assert [check.status for check in others[:2]] == ["error", "warning"]
     assert "GLOO_SOCKET_IFNAME=ib0" in others[0].detail.replace("==", "=") and "eth0" in others[0].fix
-    monkeypatch.setattr(doctor_settings.socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(OSError("unknown")))
+    monkeypatch.setattr(doctor_network.socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(OSError("unknown")))
     assert "has no address" in list(doctor.communication_checks())[-1].detail
 
 

@@ -23,7 +23,8 @@ from packaging.requirements import Requirement
 from .callbacks.video_files import best_suffix, write_video
 from .console import console
 from .doctor_check import Check
-from .doctor_settings import accelerate_config_checks, communication_checks, hub_check
+from .doctor_network import communication_checks, hub_check
+from .training.launch_config import accelerate_config_checks
 
 SELF_TEST_SECONDS = 120
 # A checkpoint of DMD2 on 1.3 billion parameters: student, critic and average, two Adam states each of the first two.
@@ -252,7 +253,8 @@ def _self_test(backend: str) -> Check:
             timeout=SELF_TEST_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        fix = "look for a firewall or a wrong network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
+        busy = f"; or this machine is too busy: a load of {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+        fix = f"look for a firewall or a wrong network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME){busy}"
         return Check(name, "error", f"no answer in {SELF_TEST_SECONDS} s", fix)
     if done.returncode:
         found = re.search(r"^(?:\[rank\d+\]: *)?(\w*Error: .*)", done.stderr, re.MULTILINE)
