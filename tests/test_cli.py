@@ -66,9 +66,17 @@ def test_export_hands_on_its_arguments(monkeypatch, tmp_path, flags, ema):
     module = types.SimpleNamespace(convert=lambda *args, **kwargs: seen.append((args, kwargs)))
     monkeypatch.setitem(sys.modules, "fv_distill.export.convert", module)
     cli.main(["export", "--checkpoint", "a", "--output-dir", str(tmp_path / "b"), "--role", "critic", *flags])
-    assert seen == [
-        ((Path("a"), tmp_path / "b"), {"config": None, "role": "critic", "ema": ema, "overwrite": False}),
-    ]
+    expected = {"config": None, "role": "critic", "ema": ema, "overwrite": False, "dtype": None, "export_format": None}
+    assert seen == [((Path("a"), tmp_path / "b"), expected)]
+
+
+def test_merge_is_a_format(monkeypatch, tmp_path):
+    seen = []
+    module = types.SimpleNamespace(convert=lambda *args, **kwargs: seen.append(kwargs["export_format"]))
+    monkeypatch.setitem(sys.modules, "fv_distill.export.convert", module)
+    for flags in (["--merge"], ["--format", "comfyui"]):
+        cli.main(["export", "--checkpoint", "a", "--output-dir", str(tmp_path / "b"), *flags])
+    assert seen == ["merged", "comfyui"]
 
 
 def test_demo_runs_the_script_of_the_checkout(monkeypatch, tmp_path):

@@ -15,7 +15,10 @@ def clip(callback, gradients):
         parameter.grad = torch.tensor(values)
     other = nn.Linear(1, 1)
     other.weight.grad = torch.full_like(other.weight, 100.0)
-    models = {"student": SimpleNamespace(transformer=other), "critic": SimpleNamespace(transformer=network)}
+    networks = {"student": other, "critic": network}
+    models = {
+        role: SimpleNamespace(transformer=module, is_trained=lambda name: True) for role, module in networks.items()
+    }
     logged = {}
     callback.on_before_optimizer_step(SimpleNamespace(models=models), "critic", logged)
     assert other.weight.grad.item() == 100.0, "only the role that steps is clipped"

@@ -43,6 +43,7 @@ class RunLog:
         self._progress: Progress | None = None
         self._bad_rows = 0
         self._last_line = 0.0
+        self._step = 0
 
     def start(self, step: int, max_steps: int) -> None:
         """Open trackers and the progress bar; metrics beyond the resumed step are dropped."""
