@@ -11,7 +11,7 @@ from fv_distill.methods.base import TrainingMethod
 from fv_distill.methods.options import TrajectoryOptions
 from fv_distill.models.base import ModelBase
 
-from .batch import batch_maker
+from .batch import make_meta_batch
 from .flops import CallCosts, ClipShape, CountedCall, average_calls
 from .layout import Layout
 from .memory import OptimizerSize, Phase, measure_optimizer, memory_phases
@@ -193,13 +193,13 @@ def _measure_peaks(
     method: TrainingMethod, clip: Clip, layout: Layout
 ) -> tuple[list[UpdatePeak], dict[str, dict[str, int]], dict[str, bool]]:
     """The run's own peaks; activations without and with checkpointing by role; which of the two is the run's own."""
-    make_batch = batch_maker(clip)
+    batch = make_meta_batch(clip)
 
-    peaks = simulate_updates(method, make_batch, layout=layout, accumulation_steps=clip.accumulation_steps)
+    peaks = simulate_updates(method, batch, layout=layout, accumulation_steps=clip.accumulation_steps)
     own = {peak.role: bool(_network(method, peak.role).is_gradient_checkpointing) for peak in peaks}
     with _checkpointing_flipped(method):
         # Only activations are looked at, which one micro-batch has as well as two.
-        flipped = simulate_updates(method, make_batch, layout=layout, accumulation_steps=1)
+        flipped = simulate_updates(method, batch, layout=layout, accumulation_steps=1)
     names = {False: "without", True: "with"}
     activations: dict[str, dict[str, int]] = {role: {} for role in own}
     for found, is_own in ((peaks, True), (flipped, False)):

@@ -1,7 +1,7 @@
 """The memory of a method's updates, found by running the method itself on meta tensors."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,9 @@ from .depth import DEEPER, SHALLOW, can_be_cut, cut_to, extrapolate, find_blocks
 from .layout import Layout
 from .live_bytes import ACTIVATIONS, LiveBytes
 from .meta_execution import MetaExecution, MetaRng
+from .parameters import trained_parameters
 
 GRADIENTS, KV_CACHE = "gradients", "kv_cache"
-
-MakeBatch = Callable[[int], dict[str, Any]]
-"""Index of a micro-batch -> the micro-batch, on the meta device."""
 
 
 @dataclass(frozen=True)
@@ -53,29 +51,32 @@ class _Segment:
 
 
 def simulate_updates(
-    method: TrainingMethod, make_batch: MakeBatch, *, layout: Layout, accumulation_steps: int
+    method: TrainingMethod, batch: dict[str, Any], *, layout: Layout, accumulation_steps: int
 ) -> list[UpdatePeak]:
     """The peak of every role's update in the step in which most roles are updated.
 
     Args:
         method: over networks on the meta device.
-        make_batch: see `MakeBatch`.
+        batch: a micro-batch on the meta device.
         layout: decides the types that networks compute in, and what becomes of gradients.
-        accumulation_steps: micro-batches per step; of more than two, two tell all.
+        accumulation_steps: micro-batches per step; one is run.
     """
     networks = distinct_networks(method.models)
-    # The second differs from the first in that it meets gradients, which sharded networks' are accounted for elsewhere.
-    num_batches = 1 if layout.is_sharded else min(accumulation_steps, 2)
-    micro_batches = [make_batch(index) for index in range(num_batches)]
+    # Later micro-batches differ from the first in that they meet gradients; sharded ones are accounted for elsewhere.
+    meets_gradients = accumulation_steps > 1 and not layout.is_sharded
+
+    def run() -> list[_Segment]:
+        return _run(method, batch, layout, meets_gradients=meets_gradients)
+
     with _computing_as(method.models, layout):
         if any(isinstance(model, CausalModelBase) for model in method.models.values()):
-            _make_masks(method, micro_batches[0], layout)
+            _make_masks(method, batch, layout)
         if not can_be_cut(networks):
-            return _worst(_run(method, micro_batches, layout))
+            return _worst(run())
         runs = []
         for depth in (SHALLOW, DEEPER):
             with cut_to(networks, depth):
-                runs.append(_run(method, micro_batches, layout))
+                runs.append(run())
         return _worst(_deepened(method, *runs))
 
 
@@ -90,11 +91,11 @@ def _make_masks(method: TrainingMethod, batch: dict[str, Any], layout: Layout) -
     networks = distinct_networks(method.models)
     if "chunk" not in spans:
         with cut_to(networks, 1) if can_be_cut(networks) else nullcontext():
-            _run(method, [batch], layout)
+            _run(method, batch, layout, meets_gradients=False)
 
 
-def _run(method: TrainingMethod, micro_batches: list[dict[str, Any]], layout: Layout) -> list[_Segment]:
-    """One step as the trainer makes it, cut into segments."""
+def _run(method: TrainingMethod, batch: dict[str, Any], layout: Layout, *, meets_gradients: bool) -> list[_Segment]:
+    """One micro-batch of a step as the trainer makes it, cut into segments."""
     networks = {role: model.transformer for role, model in method.models.items()}
     known = [t for network in distinct_networks(method.models) for t in (*network.parameters(), *network.buffers())]
     is_autocast = layout.mixed_precision == "bf16"
@@ -107,21 +108,29 @@ def _run(method: TrainingMethod, micro_batches: list[dict[str, Any]], layout: La
             def end_segment(*_: Any, role: str = role) -> None:
                 segments.append(_Segment(role, live.start_segment()))
 
+            if meets_gradients:
+                _add_gradients(trained_parameters(method.models[role]), live)
             live.start_segment()
             with (
                 _boundaries(distinct_networks(method.models), end_segment),
                 _gradients_marked(networks[role], live, layout),
             ):
-                for batch in micro_batches:
-                    rng = MetaRng(0, step, batch["sample_index"], "meta")
-                    for term in method.losses(role, batch, rng):
-                        end_segment()
-                        execution.backward(term.loss)
-                        end_segment()
-                        del term
+                rng = MetaRng(0, step, batch["sample_index"], "meta")
+                for term in method.losses(role, batch, rng):
+                    end_segment()
+                    execution.backward(term.loss)
+                    end_segment()
+                    del term
             for parameter in networks[role].parameters():
                 parameter.grad = None
     return segments
+
+
+def _add_gradients(trained: Iterable[nn.Parameter], live: LiveBytes) -> None:
+    """What earlier micro-batches have left."""
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+        live.mark(parameter.grad, GRADIENTS)
 
 
 @contextmanager
