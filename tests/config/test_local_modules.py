@@ -115,6 +115,14 @@ def test_an_installed_module_wins_over_a_file_beside_the_config(run_file):
         assert resolve_target("numbers.Number") is __import__("numbers").Number
 
 
+def test_an_installed_module_wins_once_the_folder_is_in_force(with_callback, monkeypatch):
+    with_callback.with_name("colorsys.py").write_text("")
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    load_run_config(with_callback)
+    assert resolve_target("my_callbacks.Mine")
+    assert hasattr(importlib.import_module("colorsys"), "rgb_to_hsv")
+
+
 def test_the_same_file_by_another_way_is_no_clash(with_callback, monkeypatch, recwarn):
     monkeypatch.syspath_prepend(str(with_callback.parent))
     try:
