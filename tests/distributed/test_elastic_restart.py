@@ -62,7 +62,7 @@ def train(paths):
 for environment, paths in json.loads(sys.argv[1]):
     os.environ.update(environment)
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=2, start_method="fork", run_id=paths[0],
+        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=2, start_method="fork", run_id="test",
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.1,
     )
     elastic_launch(config, train)(paths)
