@@ -86,9 +86,10 @@ class Weigh(Callback):
             self.bytes["live"] = max(self.bytes["live"], live_bytes())
 
     def on_train_end(self, trainer: Trainer) -> None:
-        networks = {role: model.transformer for role, model in trainer.models.items()}
-        for name, network in {**networks, "ema": trainer.callbacks["ema"].module}.items():
-            self.bytes[f"weights/{name}"] = local_bytes(network.parameters())
+        weights = {role: list(model.transformer.parameters()) for role, model in trainer.models.items()}
+        weights["ema"] = list(trainer.callbacks["ema"].average.values())
+        for name, tensors in weights.items():
+            self.bytes[f"weights/{name}"] = local_bytes(tensors)
         for role in trainer.roles.values():
             states = role.optimizer.state.values()
             self.bytes["optimizer"] += local_bytes(value for state in states for value in state.values())

@@ -31,6 +31,7 @@ def write_metadata(directory, tiny_wan):
         "format": 2,
         "step": 2,
         "models": ["student", "critic", "ema"],
+        "lora": {},
         "few_step": {"sigmas": [1.0, 0.75], "sample_type": "ode", "guidance_scale": 1.0},
         "latent_shape": [4, 3, 4, 4],
         "versions": {},

@@ -208,7 +208,7 @@ def test_adapters_of_a_half_precision_base_are_float32(tiny_wan):
             "target_modules: to_x matches no linear layer of WanTransformer3DModel; it has .*attn1.to_q",
         ),
         ([], "the list is empty"),
-        ("everything", "'everything' is no preset of WanModel; it has attention, all"),
+        ("everything", "'everything' is no preset of WanModel; it has attention, all, linear"),
     ],
 )
 def test_targets_that_match_nothing_are_refused(tiny_wan, targets, message):

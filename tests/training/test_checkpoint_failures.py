@@ -172,6 +172,8 @@ def test_the_check_leaves_nothing(config, tmp_path):
         "checkpoints",
         "metrics.jsonl",
         "resolved_config.yaml",
+        "sessions.jsonl",
+        "sigma_losses.jsonl",
     ]
 
 

@@ -72,6 +72,15 @@ def test_a_signal_in_the_last_step_changes_nothing(config, tmp_path):
 
 def test_a_second_signal_ends_at_once(config, tmp_path):
     """The first one has put the usual handlers back."""
+    # A process that a shell starts in the background ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _interrupt_twice(config, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt_twice(config, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(
             config,

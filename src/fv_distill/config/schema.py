@@ -37,7 +37,7 @@ class LoraConfig(Section):
     rank: int = Field(16, ge=1, description="of the adapter's two factors")
     alpha: float | None = Field(None, gt=0, description="their product is scaled by alpha / rank; null is the rank")
     target_modules: str | list[str] = Field(
-        "attention", description="a preset of the family (attention, all), or a list of ends of module names"
+        "attention", description="a preset of the family (attention, all, linear), or a list of ends of module names"
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
     dora: bool = Field(False, description="train magnitudes apart from directions (Liu et al. 2024)")

@@ -85,8 +85,8 @@ def export_lora_directory(
 def write_comfyui_lora(output_file: str | Path, lora: LoraWeights, *, overwrite: bool = False) -> Path:
     """Write one file in the original Wan's names, `diffusion_model.blocks.0.self_attn.q.lora_down.weight`.
 
-    ComfyUI loads it, and so does diffusers. The scale is multiplied into the second factor and `alpha` is the rank, so
-    that loaders which look at alpha and those that don't agree.
+    ComfyUI loads it, and so does diffusers. The scale is multiplied into the second factor and no `alpha` is written,
+    which means 1 to both; diffusers refuses an alpha of layers outside the blocks.
 
     Raises:
         FileExistsError: if the file exists and `overwrite` is off.
@@ -129,7 +129,6 @@ def _comfyui_weights(lora: LoraWeights) -> dict[str, Tensor]:
         name = f"diffusion_model.{original.removesuffix('.weight')}"
         if factor == "lora_A":
             converted[f"{name}.lora_down.weight"] = value.contiguous()
-            converted[f"{name}.alpha"] = torch.tensor(float(lora.spec.rank))
         else:
             converted[f"{name}.lora_up.weight"] = (value * lora.spec.scale).contiguous()
     return converted

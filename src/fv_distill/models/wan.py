@@ -29,6 +29,11 @@ class WanModel(ModelBase):
     lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"),
+        # With the embedders of time and text, the modulation and the output.
+        "linear": (
+            *("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"),
+            *("linear_1", "linear_2", "time_proj", "proj_out"),
+        ),
     }
 
     def __init__(self, transformer: nn.Module, *, directory: str | Path, **kwargs: Any) -> None:
