@@ -20,7 +20,8 @@ from fv_distill.estimate.flops import average_calls
 from fv_distill.methods import FineTuneMethod, TrainingMethod
 from fv_distill.rng import SampleRng
 from fv_distill.rollouts.ode import STATES, TIMESTEPS
-from fv_distill.training.run import build_method, build_models
+from fv_distill.training.building import build_models
+from fv_distill.training.run import build_method
 
 NUM_FRAMES = 3
 

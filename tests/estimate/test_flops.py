@@ -8,7 +8,7 @@ from fv_distill.estimate.flops import CallCosts, ClipShape
 from fv_distill.estimate.published import config_directory
 from fv_distill.methods import NetworkCall
 from fv_distill.models import CausalWanModel, WanModel
-from fv_distill.training.run import build_models
+from fv_distill.training.building import build_models
 
 PUBLISHED = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 CLIP = ClipShape(1, (16, 21, 60, 104), (512, 4096))

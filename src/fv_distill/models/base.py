@@ -6,21 +6,22 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from fv_distill.lora import AdapterSwitch, LoraSpec, inject_lora, is_lora_parameter
+from fv_distill.lora import AdapterSwitch
 from fv_distill.schedules import flow
 from fv_distill.schedules.timesteps import score_sigma
 
 from .conditioning import ACTION_COLUMNS, IMAGE_COLUMNS, Conditioning, PreparedBatch
 from .kv_cache import KVCache
+from .role_network import RoleNetwork
 from .transformers.block_causal import ChunkLayout
 
 
-class ModelBase(ABC):
+class ModelBase(RoleNetwork, ABC):
     """An adapter that gives every network one signature: `(x_t, sigma, conditioning) -> velocity`.
 
     Latents are `[B, C, T, H, W]`, normalised; sigma is fp32 `[B]` or per latent frame `[B, T]`, 1 being pure noise.
@@ -35,8 +36,6 @@ class ModelBase(ABC):
     """
 
     required_channels: ClassVar[tuple[str, ...]] = ("text",)
-    # Names for ends of module names, for `models.<role>.lora.target_modules`.
-    lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def __init__(
         self,
@@ -50,24 +49,12 @@ class ModelBase(ABC):
     ) -> None:
         if flow_shift <= 0:
             raise ValueError(f"flow_shift={flow_shift:g} must be positive; 1 means no shift")
-        self.transformer = transformer
+        super().__init__(transformer, trainable=trainable)
         self.directory = Path(directory)
         self.flow_shift = flow_shift
-        self.trainable = trainable
         self.negative_prompt = negative_prompt
         self.text_length = text_length
-        # diffusers' property, not the first parameter: some of a bf16 network's modules stay in fp32.
-        self.dtype: torch.dtype = cast(Any, transformer).dtype
         self._prompts: dict[str, Conditioning] = {}
-        # The role's LoRA adapter; None is the network as it is. Roles that share a network share its switch.
-        self.adapter: str | None = None
-        self.lora: LoraSpec | None = None
-        self.switch: AdapterSwitch | None = None
-        self.is_on_base = False
-        self._device: torch.device | None = None
-        transformer.requires_grad_(trainable).train(trainable)
-
-    # Adapters on a network, of this role alone or shared with others
 
     @classmethod
     def on_base(cls, base: "ModelBase", *, flow_shift: float | None = None, **kwargs: Any) -> Self:
@@ -95,87 +82,6 @@ class ModelBase(ABC):
         )
         model.switch, model.is_on_base = base.switch, True
         return model
-
-    def add_lora(
-        self,
-        adapter: str,
-        *,
-        rank: int,
-        alpha: float | None = None,
-        target_modules: str | Sequence[str] = "attention",
-        rslora: bool = False,
-        dora: bool = False,
-        seed: int = 0,
-    ) -> None:
-        """Train a LoRA adapter of this role instead of the network; see `inject_lora`.
-
-        Args:
-            adapter: its name, the role's.
-            rank: see `LoraSpec`.
-            alpha: see `LoraSpec`; None is the rank.
-            target_modules: one of the family's `lora_presets`, or ends of module names.
-            rslora: see `LoraSpec`.
-            dora: see `LoraSpec`.
-            seed: of its start.
-
-        Raises:
-            ValueError: for an unknown preset, or targets that match nothing.
-        """
-        if self.switch is None:
-            self.transformer.requires_grad_(False)
-        spec = LoraSpec(
-            rank, rank if alpha is None else alpha, self._lora_targets(target_modules), rslora=rslora, dora=dora
-        )
-        inject_lora(self.transformer, adapter, spec, seed=seed)
-        if self.switch is None:
-            self.switch = AdapterSwitch(self.transformer, resting=adapter)
-        else:
-            # The student is what a pipeline sees that knows of no roles.
-            if self.switch.current is None or adapter == "student":
-                self.switch.current = adapter
-            self.switch.refresh()
-        self.adapter, self.lora, self.trainable = adapter, spec, True
-        self.transformer.train()
-
-    def _lora_targets(self, targets: str | Sequence[str]) -> tuple[str, ...]:
-        if not isinstance(targets, str):
-            return tuple(targets)
-        if targets not in self.lora_presets:
-            raise ValueError(
-                f"target_modules={targets!r} is no preset of {type(self).__name__}; it has "
-                f"{', '.join(self.lora_presets) or 'none'}, or give a list of module names"
-            )
-        return self.lora_presets[targets]
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, under the adapter of the forward pass."""
-        network = cast(Any, self.transformer)
-        if self.switch is None:
-            network.enable_gradient_checkpointing()
-        else:
-            network.enable_gradient_checkpointing(self.switch.checkpoint)
-
-    def is_trained(self, name: str) -> bool:
-        """Whether an optimizer of this role updates the network's parameter of that name."""
-        if not self.trainable:
-            return False
-        return self.adapter is None or is_lora_parameter(name, self.adapter)
-
-    def call_network(self, **kwargs: Any) -> Any:
-        """The network's forward pass, with this role's adapter and no other."""
-        if self.switch is None:
-            return self.transformer(**kwargs)
-        with self.switch.using(self.adapter):
-            return self.transformer(**kwargs)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network computes; offloaded weights are elsewhere between its calls."""
-        return self._device or next(self.transformer.parameters()).device
-
-    def compute_on(self, device: torch.device) -> None:
-        """Say where the network computes, for weights that don't tell."""
-        self._device = device
 
     # What a family defines
 

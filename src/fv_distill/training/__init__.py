@@ -5,14 +5,13 @@ from fv_distill._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "building": ["build_model", "build_models"],
         "checkpoint": ["CheckpointManager", "complete_checkpoints", "find_checkpoint"],
         "run": [
             "build_accelerator",
             "build_callbacks",
             "build_dataset",
             "build_method",
-            "build_model",
-            "build_models",
             "build_trajectory_dataset",
             "build_trainer",
             "check_run",

@@ -1,6 +1,5 @@
 """From a config to a finished run: the pieces that the example scripts put together by hand."""
 
-import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from accelerate import Accelerator, PartialState
 
 from fv_distill.callbacks.base import CallbackDict
 from fv_distill.callbacks.hub import HUB_CALLBACK, HubCallback
-from fv_distill.config.instantiate import instantiate, resolve_target
+from fv_distill.config.instantiate import resolve_target
 from fv_distill.config.load import dump_run_config, load_run_config
 from fv_distill.config.local_modules import search_beside
 from fv_distill.config.schema import RunConfig
@@ -27,9 +26,9 @@ from fv_distill.export.hub import HubError, open_repository
 from fv_distill.export.scheduler import few_step_scheduler
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.models.base import CausalModelBase, ModelBase
-from fv_distill.rng import derive_seed
 from fv_distill.rollouts.ode import STATES
 
+from .building import build_model, build_models, describe_role
 from .checkpoint import AUTO, complete_checkpoints, find_checkpoint
 from .context_parallel import ContextGroups
 from .launch_modes import describe_launch
@@ -186,92 +185,6 @@ def build_trajectory_dataset(config: RunConfig, accelerator: Accelerator, *, dry
     return cache.open()
 
 
-def build_models(config: RunConfig, roles: Sequence[str] | None = None) -> dict[str, ModelBase]:
-    """Load the adapters of `models`, or of some of its roles; roles that share a network get the same one.
-
-    Raises:
-        ValueError: if the config has no such role or its keys don't fit the adapter.
-        FileNotFoundError: if a model isn't there.
-    """
-    wanted = list(config.models if roles is None else roles)
-    for role in wanted:
-        if role not in config.models:
-            raise ValueError(
-                f"models.{role} is missing from the config; it has {', '.join(config.models) or 'no roles'}"
-            )
-    bases = {role: config.models[role].share_base_with for role in wanted}
-    loaded: dict[str, ModelBase] = {}
-    for role in dict.fromkeys(base or role for role, base in bases.items()):
-        loaded[role] = _load_model(config, role)
-    for role, base in bases.items():
-        if base is not None:
-            loaded[role] = _model_on_base(config, role, loaded[base])
-    for role in wanted:
-        _add_lora(config, role, loaded[role])
-    if PartialState().is_main_process:
-        for role in (role for role in wanted if loaded[role].lora is not None):
-            console.print(describe_role(config, role, loaded[role]), highlight=False)
-    return {role: loaded[role] for role in wanted}
-
-
-def build_model(config: RunConfig, role: str) -> ModelBase:
-    """Load one role's adapter; errors as in `build_models`."""
-    return build_models(config, [role])[role]
-
-
-def _load_model(config: RunConfig, role: str) -> ModelBase:
-    """A role's adapter on a network of its own, still without a LoRA."""
-    model = config.models[role]
-    defaults = config.training.model
-    trains_weights = model.trainable and not model.lora.enable
-    kwargs = {
-        "init_from": model.init_from,
-        "trainable": trains_weights,
-        "dtype": _dtype_name(config, role),
-        "weights": model.weights,
-        "gradient_checkpointing": trains_weights and _wants_checkpointing(config, role),
-        "attention_backend": model.attention_backend or defaults.attention_backend,
-        **_role_options(config, role),
-    }
-    search_beside(config.source_folder)
-    try:
-        return instantiate({"_target_": f"{model.target}.from_pretrained", **kwargs})
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"models.{role}: {error}") from error
-
-
-def _model_on_base(config: RunConfig, role: str, base: ModelBase) -> ModelBase:
-    return instantiate({"_target_": f"{config.models[role].target}.on_base", **_role_options(config, role)}, base=base)
-
-
-def _role_options(config: RunConfig, role: str) -> dict[str, Any]:
-    """What belongs to a role whatever its network is."""
-    model = config.models[role]
-    return {
-        "flow_shift": model.flow_shift,
-        "negative_prompt": model.negative_prompt,
-        "text_length": config.training.data.text_length,
-        **(model.model_extra or {}),
-    }
-
-
-def _add_lora(config: RunConfig, role: str, model: ModelBase) -> None:
-    lora = config.models[role].lora
-    if not lora.enable:
-        return
-    options = lora.model_dump(exclude={"enable"})
-    try:
-        model.add_lora(role, **options, seed=derive_seed(config.training.seed, "lora", role))
-    except ValueError as error:
-        raise ValueError(f"models.{role}.lora.{error}") from error
-    if _wants_checkpointing(config, role):
-        model.enable_gradient_checkpointing()
-
-
-def _wants_checkpointing(config: RunConfig, role: str) -> bool:
-    return config.models[role].gradient_checkpointing or config.training.model.gradient_checkpointing
-
-
 def build_method(config: RunConfig, models: Mapping[str, ModelBase]) -> TrainingMethod:
     """The method of the config over its adapters."""
     kind = method_class(config)
@@ -383,23 +296,6 @@ def _check_hub(accelerator: Accelerator, config: RunConfig) -> None:
     raise_everywhere(accelerator, check)
 
 
-def describe_role(config: RunConfig, role: str, model: ModelBase) -> str:
-    """A line on what a role trains, and of how many parameters."""
-    sizes = {name: parameter.numel() for name, parameter in model.transformer.named_parameters()}
-    whole = sum(size for name, size in sizes.items() if ".lora_" not in name)
-    trained = sum(size for name, size in sizes.items() if model.is_trained(name))
-    if model.lora is not None:
-        base = config.models[role].share_base_with or "a network of its own"
-        return (
-            f"{role}: LoRA of rank {model.lora.rank} on {base}, {_millions(trained)} of {_millions(whole)} parameters"
-        )
-    return f"{role}: {_millions(whole)} parameters, {model.dtype}, {'trained' if model.trainable else 'frozen'}"
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.2f} M"
-
-
 def print_dry_run(trainer: Trainer) -> None:
     """Print the resolved config, the sizes of the networks, what the run will take, and the batch."""
     if not trainer.accelerator.is_main_process:
@@ -427,19 +323,6 @@ def _quieten_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     # Said at every forward of every network; the adapters never write into an output in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-
-
-def _dtype_name(config: RunConfig, role: str) -> str:
-    model = config.models[role]
-    if model.dtype != "auto":
-        return model.dtype
-    if model.trainable and not model.lora.enable:
-        return "float32"
-    return "bfloat16" if _mixed_precision(config) == "bf16" else "float32"
-
-
-def _mixed_precision(config: RunConfig) -> str:
-    return config.training.distributed.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def _refuse_foreign_run(config: RunConfig) -> None:
