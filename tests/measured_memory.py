@@ -68,11 +68,11 @@ def bytes_alive() -> int:
 
 
 def main() -> None:
-    """Under `torchrun`: measure the first process."""
+    """In a process of its own, or under `torchrun`: measure the first process."""
     torch.set_num_threads(1)
     config_file, steps, output = sys.argv[1:]
     peak = measured_peak(Path(config_file), steps=int(steps))
-    if os.environ["RANK"] == "0":
+    if os.environ.get("RANK", "0") == "0":
         Path(output).write_text(str(peak))
 
 

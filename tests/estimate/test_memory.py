@@ -9,7 +9,6 @@ from typing import Any
 import measured_memory
 import pytest
 import torch
-from measured_memory import measured_peak
 from tiny_runs import dmd2_config, finetune_config, self_forcing_config, write_config
 
 from fv_distill.config import load_run_config
@@ -62,7 +61,20 @@ def test_the_predicted_peak_is_the_measured_one(name, wide_wan, wide_rows, tmp_p
     path = make_run(make_config, wide_wan, wide_rows, tmp_path, overrides)
     predicted = worst_of_steps(estimate_run(load_run_config(path), Layout(device_type="cpu"), DEVICE))
     assert predicted[0] == phase
-    assert predicted[1] == pytest.approx(measured_peak(path, steps=2), rel=ONE_PROCESS)
+    assert predicted[1] == pytest.approx(measured_peak(path, tmp_path), rel=ONE_PROCESS)
+
+
+def measured_peak(path, folder, *, launcher=(), environment=None):
+    """In a fresh process: what other tests have left in this one would be counted."""
+    done = subprocess.run(
+        [sys.executable, *launcher, measured_memory.__file__, str(path), "2", str(folder / "peak")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    return int((folder / "peak").read_text())
 
 
 @pytest.mark.slow
@@ -78,18 +90,11 @@ def test_the_predicted_peak_of_two_sharded_processes(wide_wan, wide_rows, tmp_pa
         "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
         "FSDP_RESHARD_AFTER_FORWARD": "true",
     }
-    words = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", measured_memory.__file__)
-    done = subprocess.run(
-        [sys.executable, *words, str(path), "2", str(tmp_path / "peak")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    measured = measured_peak(path, tmp_path, launcher=launcher, environment=environment)
     layout = Layout(2, "sharded", 2, "bf16", device_type="cpu")
     estimate = estimate_run(load_run_config(path), layout, DEVICE)
-    assert worst_of_steps(estimate)[1] == pytest.approx(int((tmp_path / "peak").read_text()), rel=TWO_PROCESSES)
+    assert worst_of_steps(estimate)[1] == pytest.approx(measured, rel=TWO_PROCESSES)
     assert "gradients kept whole" in estimate.peak.parts
 
 

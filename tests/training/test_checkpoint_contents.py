@@ -151,5 +151,5 @@ def test_a_callbacks_network_travels(tiny_wan, tiny_rows, tmp_path, monkeypatch)
     for name, value in start.items():
         torch.testing.assert_close(shadow[name], value + 1 + 2 + 3 + 4, msg=name)
     config["callbacks"]["twin"] = config["callbacks"]["shadow"]
-    with pytest.raises(ValueError, match="twin: another callback has a network named 'shadow' too"):
+    with pytest.raises(ValueError, match="twin: another callback has tensors named 'shadow' too"):
         train(config, LATEST | {"training.loop.max_train_steps": 5})
