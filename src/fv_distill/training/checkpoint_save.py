@@ -138,6 +138,8 @@ def start_save(
     try:
         writer.plan(groups)
     except CheckpointException as error:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
         raise _save_error(final, reasons(error)) from error
     return PendingSave(accelerator, final, writer, metadata, in_background=in_background)
 
