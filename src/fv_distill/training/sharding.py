@@ -50,8 +50,9 @@ def make_accelerator(
             project_config=directories,
             step_scheduler_with_optimizer=False,
         )
-    if accelerator.mixed_precision == "fp16":
-        raise ValueError("mixed_precision fp16 is not supported: DMD gradients leave its range; use bf16 or no")
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        # DMD gradients leave fp16's range.
+        raise ValueError(f"mixed_precision {accelerator.mixed_precision} is not supported; use bf16 or no")
     enable_fsdp2_on_cpu(accelerator)
     if wants_fsdp() and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
         raise ValueError(f"the launcher asks for FSDP but accelerate made it {accelerator.distributed_type.value}")
