@@ -114,3 +114,9 @@ def test_an_offloaded_network_keeps_its_device(tiny_wan):
     assert _is_group_offload_enabled(model.transformer)
     model.compute_on(torch.device("meta"))
     assert (model.device.type, next(model.transformer.parameters()).device.type) == ("meta", "cpu")
+
+
+def test_fp16_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="mixed_precision fp16 is not supported; use bf16 or no"):
+        make_accelerator(output_dir=tmp_path)

@@ -75,15 +75,13 @@ def enable_context_parallelism(
 
     Args:
         accelerator: of the run.
-        groups: which processes share; nothing is done for a degree of 1.
+        groups: which processes share.
         models: every role of the method.
         latent_shape: `[C, T, H, W]` of the clips.
 
     Raises:
         ValueError: naming the role that can't, and why.
     """
-    if groups.degree == 1:
-        return
     for role, model in models.items():
         try:
             model.check_context_parallel(groups.degree, latent_shape)

@@ -58,8 +58,9 @@ def make_accelerator(
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[] if timeout_minutes is None else [_process_group_timeout(timeout_minutes)],
         )
-    if accelerator.mixed_precision == "fp16":
-        raise ValueError("mixed_precision fp16 is not supported: DMD gradients leave its range; use bf16 or no")
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        # DMD gradients leave fp16's range.
+        raise ValueError(f"mixed_precision {accelerator.mixed_precision} is not supported; use bf16 or no")
     _warn_of_a_shared_store(accelerator)
     enable_fsdp2_on_cpu(accelerator)
     if wants_fsdp() and accelerator.num_processes > 1 and not accelerator.is_fsdp2:

@@ -74,7 +74,8 @@ class Trainer:
             rank=self.groups.group,
         )
         callbacks.call("on_before_prepare", self)
-        enable_context_parallelism(accelerator, self.groups, self.models, self.latent_shape)
+        if self.groups.degree > 1:
+            enable_context_parallelism(accelerator, self.groups, self.models, self.latent_shape)
         self.roles = prepare_roles(
             accelerator,
             method,
