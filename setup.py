@@ -54,6 +54,8 @@ setup(
         "safetensors>=0.8,<1",
         "datasets>=5.2,<6",
         "huggingface_hub>=2.4,<3",
+        # What huggingface_hub 2 raises when it can't reach the Hub.
+        "httpx2>=2,<3",
         "omegaconf>=2.4,<3",
         "pydantic>=2.14,<3",
         "rich>=15,<16",

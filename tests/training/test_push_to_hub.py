@@ -10,9 +10,9 @@ from hub_client import assert_same_files, hub_environment, run_python
 from hub_server import WRITE_TOKEN, HubServer
 from tiny_runs import dmd2_config, metric_lines, metrics, train, write_config
 
+from fv_distill.callbacks import hub as callbacks_hub
 from fv_distill.config import ConfigError, load_run_config
 from fv_distill.export.hub import HubError
-from fv_distill.training import run as training_run
 from fv_distill.training.checkpoint import complete_checkpoints
 
 RUNS = Path(__file__).with_name("push_runs.py")
@@ -164,11 +164,20 @@ def test_a_login_that_will_not_do_is_told_before_anything_is_loaded(tiny_rows, t
     def refuse(repo_id, *, private):
         raise HubError(f"this login may not write to {repo_id}", is_temporary=False)
 
-    monkeypatch.setattr(training_run, "open_repository", refuse)
+    monkeypatch.setattr(callbacks_hub, "open_repository", refuse)
     config = dmd2_config(Path("no/model/is/there/yet"), tiny_rows, tmp_path / "run")
     config["pipeline"] = {"push_to_hub": True, "hub_model_id": "me/x", "export_dir": str(tmp_path / "student")}
     with pytest.raises(ValueError, match="pipeline.push_to_hub: this login may not write to me/x"):
         train(config)
+
+
+def test_what_the_export_may_not_replace_is_told_before_training(tiny_wan, tiny_rows, tmp_path):
+    config = dmd2_config(tiny_wan, tiny_rows, tmp_path / "run")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="something else than an export"):
+        train(config, {"pipeline.export_dir": str(tmp_path / "precious")})
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["student", "me/my student", "me/a/b", "/student", "me/"])

@@ -7,12 +7,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accelerate import Accelerator
+from rich.markup import escape
+
 from fv_distill.config.schema import PipelineConfig
 from fv_distill.console import console
 from fv_distill.export.convert import convert
-from fv_distill.export.hub import HubError, push_checkpoint, push_directory
+from fv_distill.export.hub import HubError, open_repository, push_checkpoint, push_directory
 from fv_distill.export.run_record import run_files
-from fv_distill.training.main_process import on_main_process, start_in_background
+from fv_distill.training.main_process import on_main_process, raise_everywhere, start_in_background
 
 from .base import Callback
 
@@ -24,6 +27,27 @@ HUB_CALLBACK = "pipeline.push_to_hub"
 
 # Beside the checkpoints, so that the copies are hard links of one file system.
 _SNAPSHOTS = ".pushing"
+
+
+def check_hub(accelerator: Accelerator, options: PipelineConfig) -> None:
+    """Find out before training whether the student can be pushed; that the Hub is away now is no reason not to train.
+
+    Raises:
+        ValueError: on every process, if the Hub would refuse.
+    """
+    assert options.hub_model_id is not None, "checked with the config"
+    repo_id = options.hub_model_id
+
+    def check() -> None:
+        try:
+            open_repository(repo_id, private=options.hub_private)
+        except HubError as error:
+            if not error.is_temporary:
+                raise ValueError(f"pipeline.push_to_hub: {error}") from error
+            message = escape(f"pipeline.push_to_hub: {error}. Training starts all the same")
+            console.print(f"[yellow]warning:[/yellow] {message}")
+
+    raise_everywhere(accelerator, check)
 
 
 class HubCallback(Callback):
@@ -114,7 +138,7 @@ class HubCallback(Callback):
         assert self._started is not None
         shutil.rmtree(trainer.checkpoints.folder / _SNAPSHOTS, ignore_errors=True)
         if error := future.exception():
-            trainer.log.warn(f"{self._started.name} was not pushed: {error}. Training goes on")
+            trainer.log.warn(escape(f"{self._started.name} was not pushed: {error}. Training goes on"))
             return
         self._pushed = self._started
         console.print(f"pushed {self._started.name} to {future.result()}", highlight=False, markup=False)

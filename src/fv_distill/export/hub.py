@@ -68,7 +68,7 @@ def push_directory(
 
     Raises:
         FileNotFoundError: if there is nothing in the directory that could be loaded.
-        HubError: if the Hub refuses or can't be reached; the directory is as it was.
+        HubError: if the Hub refuses or can't be reached.
         ValueError: if the evaluation can't be read.
     """
     directory = Path(directory)

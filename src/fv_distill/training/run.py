@@ -13,7 +13,7 @@ import transformers
 from accelerate import Accelerator, PartialState
 
 from fv_distill.callbacks.base import CallbackDict
-from fv_distill.callbacks.hub import HUB_CALLBACK, HubCallback
+from fv_distill.callbacks.hub import HUB_CALLBACK, HubCallback, check_hub
 from fv_distill.config.instantiate import resolve_target
 from fv_distill.config.load import dump_run_config, load_run_config
 from fv_distill.config.local_modules import search_beside
@@ -22,7 +22,7 @@ from fv_distill.console import console
 from fv_distill.data.parquet import ParquetDataset
 from fv_distill.export.checkpoint_weights import read_checkpoint_metadata
 from fv_distill.export.convert import convert
-from fv_distill.export.hub import HubError, open_repository
+from fv_distill.export.diffusers_dir import check_output
 from fv_distill.export.scheduler import few_step_scheduler
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.models.base import CausalModelBase, ModelBase
@@ -32,7 +32,7 @@ from .building import build_model, build_models, describe_role
 from .checkpoint import AUTO, complete_checkpoints, find_checkpoint
 from .context_parallel import ContextGroups
 from .launch_modes import describe_launch
-from .main_process import on_main_process, raise_everywhere
+from .main_process import on_main_process
 from .output_directory import check_output_directory
 from .restart import refuse_another_run
 from .sessions import SESSIONS_FILE
@@ -148,7 +148,7 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
         accelerator.wait_for_everyone()
         check_output_directory(accelerator, Path(training.output_dir))
         if config.pipeline.push_to_hub:
-            _check_hub(accelerator, config)
+            check_hub(accelerator, config.pipeline)
     return accelerator
 
 
@@ -221,6 +221,7 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
 
     Raises:
         ValueError: if the first row doesn't fit the student, or no stock scheduler can sample the export asked for.
+        FileExistsError: if the export would replace something else than an export.
     """
     row, student = dataset[0], method.models["student"]
     if "vae_latent" in row:
@@ -235,6 +236,8 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
             "that the student shall generate"
         )
     student.check_text(tuple(row["text_embedding"].shape))
+    if config.pipeline.export_dir is not None:
+        check_output(Path(config.pipeline.export_dir), student.directory, overwrite=True)
     # A causal student streams without a scheduler.
     if method.few_step_sigmas is not None and not isinstance(student, CausalModelBase):
         _check_export(method.few_step_sigmas, method.sample_type, wanted=config.pipeline.export_dir is not None)
@@ -277,23 +280,6 @@ def _export(trainer: Trainer) -> None:
     assert pipeline.export_dir is not None, "the caller looked"
     convert(checkpoint, pipeline.export_dir, ema=pipeline.ema, overwrite=True, export_format=pipeline.export_format)
     console.print(f"exported the student to {pipeline.export_dir}", highlight=False, markup=False)
-
-
-def _check_hub(accelerator: Accelerator, config: RunConfig) -> None:
-    """Find out now whether the student can be pushed at the end; that the Hub is away now is no reason not to train."""
-    pipeline = config.pipeline
-    assert pipeline.hub_model_id is not None, "checked with the config"
-    repo_id = pipeline.hub_model_id
-
-    def check() -> None:
-        try:
-            open_repository(repo_id, private=pipeline.hub_private)
-        except HubError as error:
-            if not error.is_temporary:
-                raise ValueError(f"pipeline.push_to_hub: {error}") from error
-            console.print(f"[yellow]warning:[/yellow] pipeline.push_to_hub: {error}. Training starts all the same")
-
-    raise_everywhere(accelerator, check)
 
 
 def print_dry_run(trainer: Trainer) -> None:
