@@ -266,9 +266,12 @@ def test_the_clip_score_is_the_mean_cosine_of_its_frames(clip_directory):
         with torch.no_grad():
             out = model(**tokenizer(PROMPTS[:1], return_tensors="pt"), pixel_values=pixels)
         cosines.append(float((out.image_embeds * out.text_embeds).sum()))
-    expected = 100 * float(np.clip(cosines, 0, None).mean())
-    assert scorer(frames, PROMPTS[0]) == pytest.approx(expected, abs=1e-3)
-    assert any(abs(cosine) > 1e-3 for cosine in cosines)
+    found = [scorer(frames, PROMPTS[0])]
+    # The text that means the opposite: of the two scores, at least one is not cut off at 0.
+    scorer._model.text_projection.weight.data.neg_()
+    found.append(scorer(frames, PROMPTS[0]))
+    expected = [100 * float(np.clip(np.multiply(sign, cosines), 0, None).mean()) for sign in (1, -1)]
+    assert found == pytest.approx(expected, abs=1e-3) and max(expected) > 1
 
 
 def test_a_scorer_that_is_not_there_stops_before_sampling(student, tiny_wan, tmp_path):
