@@ -13,13 +13,19 @@ from safetensors.torch import load_file
 from tiny_runs import (
     assert_same_state,
     assert_same_tensors,
+    causal_kd_config,
     checkpoint,
+    dfsft_config,
     dmd2_config,
+    finetune_config,
     groups,
+    kd_config,
     largest_difference,
     metadata,
     metric_lines,
     metrics,
+    self_forcing_config,
+    shared_base_config,
     train,
     write_config,
 )
@@ -42,6 +48,15 @@ OPTIMIZERS = {
     "adam": {"_target_": "torch.optim.AdamW", "learning_rate": 1e-3, "lr_scheduler": "cosine"},
 }  # fmt: skip
 STATES = {"sgd": {"momentum_buffer"}, "adam": {"step", "exp_avg", "exp_avg_sq"}}
+# Those that `runs` doesn't train anyway.
+METHODS = {
+    "finetune": finetune_config,
+    "dfsft": dfsft_config,
+    "kd": kd_config,
+    "kd_causal": causal_kd_config,
+    "self_forcing": self_forcing_config,
+    "adapters": shared_base_config,
+}
 PAIRS = [(saved, resumed) for saved in ("one", *MODES) for resumed in ("one", *MODES)]
 
 
@@ -80,6 +95,10 @@ def runs(tiny_wan, tiny_rows, folder):
     jobs.append(job(folder, path, "adam", "fsdp2", name="async") | {"async": True})
     jobs += [job(folder, path, "adam", mode, name=f"full-{mode}") | {"full_on": 1} for mode in MODES]
     jobs.append(job(folder, path, "adam", "ddp", name="full-async") | {"full_on": 1, "async": True})
+    for method, make in METHODS.items():
+        own = write_config(make(tiny_wan, tiny_rows, folder / method), folder / f"{method}.yaml")
+        jobs.append(job(folder, own, "adam", "fsdp2", name=f"{method}-whole"))
+        jobs.append(job(folder, own, "adam", "fsdp2", name=f"{method}-resumed", resume_from=f"{method}-whole"))
     for described in jobs:
         described["overrides"]["training.checkpoint.async_save"] = described.pop("async", False)
     launch(folder, jobs)
@@ -163,6 +182,15 @@ def test_the_run_goes_on(runs, saved, resumed):
         assert largest_difference(theirs[group], earlier[group]) > 1e-3, "what doesn't move proves nothing"
     assert metadata(checkpoint(rest, 4))["updates"] == {"student": 2, "critic": 4}
     assert metadata(checkpoint(rest, 4))["callbacks"]["ema"] == {"num_updates": 2}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_on_to_the_bit_where_it_is_sharded(runs, method):
+    whole, resumed = (runs / f"{method}-{name}" for name in ("whole", "resumed"))
+    assert len(metric_lines(whole)) == 4 and metric_lines(resumed) == metric_lines(whole)[2:]
+    assert metadata(checkpoint(whole, 4))["sharded"]
+    for name, tensors in groups(checkpoint(whole, 4)).items():
+        assert_same_tensors(groups(checkpoint(resumed, 4))[name], tensors)
 
 
 def test_saving_beside_the_training_saves_the_same(runs):
