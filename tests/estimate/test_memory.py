@@ -9,7 +9,7 @@ from typing import Any
 import measured_memory
 import pytest
 import torch
-from tiny_runs import dmd2_config, finetune_config, self_forcing_config, write_config
+from tiny_runs import dmd2_config, finetune_config, self_forcing_config, shared_base_config, write_config
 
 from fv_distill.config import load_run_config
 from fv_distill.estimate import Layout
@@ -34,6 +34,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "dmd2 with an average": (dmd2_config, {**ONE_ROW, "method.generator_update_interval": 1}, "student update"),
     "self-forcing with replay": (self_forcing_config, {**EVERY_STEP, **CHUNKS}, "student update"),
+    "dmd2 on a shared base": (
+        shared_base_config,
+        {**ONE_ROW, "method.generator_update_interval": 1, "training.model.gradient_checkpointing": True},
+        "student update",
+    ),
     "fine-tuning, bf16": (
         finetune_config,
         {**ONE_ROW, "training.distributed.mixed_precision": "bf16"},
