@@ -13,7 +13,7 @@ from fv_distill.models.base import ModelBase
 
 from .batch import make_meta_batch
 from .flops import CallCosts, ClipShape, CountedCall, average_calls
-from .layout import Layout
+from .layout import Layout, Placement
 from .memory import OptimizerSize, Phase, measure_optimizer, memory_phases
 from .parameters import RoleSize, measure_role, trained_parameters
 from .paths import NO_PATHS, TeacherPaths, measure_paths
@@ -118,6 +118,7 @@ def make_estimate(
     num_steps: int,
     keep_last: int,
     teacher: ModelBase | None = None,
+    placements: Mapping[str, Placement] | None = None,
 ) -> Estimate:
     """Estimate a run.
 
@@ -132,11 +133,13 @@ def make_estimate(
         num_steps: optimisation steps of the run.
         keep_last: checkpoints that are kept.
         teacher: the adapter that makes a method's paths, on the meta device.
+        placements: of frozen roles; those that are left out are where the launch puts them.
 
     Raises:
         NotImplementedError: by a method that doesn't say what it calls.
     """
-    roles = tuple(measure_role(role, model, layout) for role, model in method.models.items())
+    placed = placements or {}
+    roles = tuple(measure_role(role, model, layout, placed.get(role, "auto")) for role, model in method.models.items())
     averaged = next(size for size in roles if size.role == "student") if has_average else None
     peaks, activations, checkpointing = _measure_peaks(method, clip, layout)
     phases = memory_phases(

@@ -12,6 +12,10 @@ _SHARDED = "FSDP"
 _ONE_PROCESS = {"NO", "False", "None"}
 
 
+Placement = Literal["auto", "replicated", "offloaded"]
+"""Where a frozen role is; see `models.<role>.placement`."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the networks are.

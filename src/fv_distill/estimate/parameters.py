@@ -1,7 +1,7 @@
 """The size of a role: its parameters, and what of them a process holds."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fv_distill.models.base import ModelBase
 
 from .depth import find_blocks
-from .layout import Layout
+from .layout import Layout, Placement
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,13 @@ class RoleSize:
     root_parameters: int
 
 
-def measure_role(role: str, model: ModelBase, layout: Layout) -> RoleSize:
-    """The sizes of an adapter's network, which may be on the meta device."""
+def measure_role(role: str, model: ModelBase, layout: Layout, placement: Placement = "auto") -> RoleSize:
+    """The sizes of an adapter's network, which may be on the meta device.
+
+    A frozen role that is replicated is whole on every process; of an offloaded one a block is on the device at a time.
+    """
+    if placement != "auto":
+        layout = replace(layout, kind="replicated", num_shards=1)
     network = model.transformer
     trained = trained_parameters(model)
     held = trained if model.is_on_base else _with_own_adapter(model)
@@ -59,18 +64,24 @@ def measure_role(role: str, model: ModelBase, layout: Layout) -> RoleSize:
         return sum(number * size for number, size in zip(counts, sizes, strict=True))
 
     trained_rank_bytes = total(trained, share=True)
+    rank_bytes = total(held, share=True)
+    if placement == "offloaded":
+        # While one block computes, the next is on its way.
+        rank_bytes = min(rank_bytes, 2 * max(blocks, default=count) * model.dtype.itemsize)
+    # What is whole is never gathered.
+    is_gathered = placement == "auto" and not model.is_on_base
     return RoleSize(
         role=role,
         trainable=model.trainable,
         parameters=count,
         dtype=dtype,
         total_bytes=total(held, share=False),
-        rank_bytes=total(held, share=True),
+        rank_bytes=rank_bytes,
         trained_bytes=total(trained, share=False),
         trained_rank_bytes=trained_rank_bytes,
         gradient_bytes=trained_rank_bytes,
-        block_parameters=max(blocks, default=0),
-        root_parameters=0 if model.is_on_base else count - sum(blocks),
+        block_parameters=max(blocks, default=0) if is_gathered else 0,
+        root_parameters=count - sum(blocks) if is_gathered else 0,
     )
 
 

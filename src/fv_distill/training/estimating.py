@@ -65,7 +65,7 @@ def print_dry_run_estimate(config: RunConfig, accelerator: Accelerator, latent_s
     own.training.data.latent_shape = cast(Any, tuple(latent_shape))
     try:
         estimate = estimate_run(own, layout, device)
-    except NotImplementedError as error:
+    except (NotImplementedError, ValueError) as error:
         console.print(f"no estimate: {error}", highlight=False, markup=False)
         return
     print_estimate(estimate)
@@ -88,6 +88,11 @@ def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:
         ValueError: for a clip whose shape is not known, or one that doesn't fit the networks.
         NotImplementedError: by a method that doesn't say what it calls.
     """
+    if config.training.distributed.context_parallel_degree > 1:
+        raise ValueError(
+            "training.distributed.context_parallel_degree: processes that share a clip's tokens are not part of the "
+            "estimate; set it to 1 to see what a process would need without"
+        )
     own = config.training.distributed.mixed_precision
     layout = layout if own is None else replace(layout, mixed_precision=own)
     with _local_configs(config, layout.mixed_precision) as local:
@@ -113,6 +118,7 @@ def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:
             num_steps=loop.max_train_steps,
             keep_last=config.training.checkpoint.keep_last,
             teacher=teacher,
+            placements={role: model.placement for role, model in config.models.items()},
         )
 
 
