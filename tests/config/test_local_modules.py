@@ -186,7 +186,7 @@ def run(folder: Path, *words: str) -> str:
         capture_output=True,
         text=True,
         cwd=folder,
-        timeout=200,
+        timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
