@@ -33,9 +33,17 @@ CALLBACK = "  mine: {_target_: my_callbacks.Mine, every_steps: 3}\n"
 @pytest.fixture(autouse=True)
 def _forget_folders():
     before = list(sys.meta_path)
+    _forget_modules()
     yield
     search_beside(None)
     assert sys.meta_path == before
+    _forget_modules()
+
+
+def _forget_modules():
+    """Other tests have modules of these names too, and a process imports a name once."""
+    for name in ("my_callbacks", "my_numbers"):
+        sys.modules.pop(name, None)
 
 
 def write_modules(folder: Path, name: str = "mine") -> Path:
