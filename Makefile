@@ -22,9 +22,10 @@ demo-lora: $(STAMP)
 demo-causal: $(STAMP)
 	$(BIN)/python examples/scenarios/causal_wan/run.py --overwrite
 
+# MKL_CBWR: sums that do not depend on where memory lies, as tests compare processes to the bit.
 # A thread each: tests are small, and two workers that share cores with their own threads wait for each other.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile
+	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile
 
 style: $(STAMP)
 	$(BIN)/ruff format .
