@@ -77,11 +77,11 @@ def run(config, overrides, kind, number, counts=None):
         Path(counts).write_text(json.dumps(events.seen))
 
 
-def start(*arguments):
+def start(*arguments, target=run):
     """The process of `run`."""
     context = multiprocessing.get_context("forkserver")
     # This file can't be among them: the server doesn't get pytest's path.
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=run, args=arguments)
+    process = context.Process(target=target, args=arguments)
     process.start()
     return process
