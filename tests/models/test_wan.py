@@ -182,3 +182,43 @@ def test_unconditional_image_and_action(policy, expected):
     result = unconditional(own, UncondPolicy(text="keep", image=policy), None).extras
     assert torch.equal(result["mouse_cond"], extras["mouse_cond"])
     assert ("clip_feature" not in result) if expected is None else bool((result["clip_feature"] == expected).all())
+
+
+@pytest.mark.parametrize("policy", ["keep", "zero", "drop", "negative_prompt"])
+def test_what_a_second_text_encoder_made_goes_where_the_text_goes(policy):
+    def of_value(value, count):
+        extras = {
+            "pooled_text_embedding": torch.full((count, 5), value),
+            "text_mask_2": torch.full((count, 3), value > 0),
+        }
+        return Conditioning(torch.full((count, 3, 4), value), None, extras)
+
+    own = of_value(1.0, 2)
+    result = unconditional(own, UncondPolicy(text=policy), of_value(-7.0, 1)).extras
+    if policy == "drop":
+        assert not result
+    else:
+        expected = {"keep": 1.0, "zero": 0.0, "negative_prompt": -7.0}[policy]
+        assert torch.equal(result["pooled_text_embedding"], torch.full((2, 5), expected))
+        # A mask tells which tokens there are; only another text has others.
+        assert bool(result["text_mask_2"].all()) == (policy != "negative_prompt")
+
+
+def test_a_dropped_caption_takes_the_second_text_along(tiny_wan, batch, monkeypatch):
+    model = WanModel.from_pretrained(str(tiny_wan), text_length=8)
+    empty = model.encode_prompts([""])
+    monkeypatch.setitem(empty.extras, "pooled_text_embedding", torch.full((1, 5), -1.0))
+    monkeypatch.setattr(model, "encode_prompts", lambda prompts: empty)
+    rows = batch | {"pooled_text_embedding": torch.ones(2, 5), "caption_dropped": torch.tensor([False, True])}
+    extras = model.prepare_batch(rows).conditioning.extras
+    assert extras["pooled_text_embedding"].mean(1).tolist() == [1.0, -1.0]
+
+
+def test_a_video_goes_to_latents_and_back(tiny_wan, batch):
+    model = WanModel.from_pretrained(str(tiny_wan), text_length=8)
+    video = model.decode_latents(model.normalize_latents(batch["vae_latent"]))
+    encoders = model.encoders()
+    latents = encoders.encode_video(video)
+    assert latents.shape == batch["vae_latent"].shape and latents.dtype == torch.float32
+    posterior = encoders.vae.encode(2 * video - 1).latent_dist
+    torch.testing.assert_close(latents, posterior.mean)

@@ -229,9 +229,7 @@ class ValidationCallback(Callback):
         """One prompt's conditioning; all are encoded on first use, since the encoder takes long to load."""
         if self._encoded is None:
             self._encoded = student.encode_prompts(self.prompts)
-        text, mask = self._encoded.text, self._encoded.text_mask
-        assert text is not None and mask is not None
-        return Conditioning(text[index : index + 1], mask[index : index + 1])
+        return self._encoded.row(index)
 
     def _check_streaming(self) -> None:
         """Raise a `ValueError` for an argument that generation chunk by chunk has no use for."""

@@ -19,6 +19,9 @@ from torch import Tensor
 REQUIRED_TENSORS = ("text_embedding",)
 TENSORS = (
     "text_embedding",
+    "pooled_text_embedding",
+    "text_embedding_2",
+    "text_mask_2",
     "vae_latent",
     "clip_feature",
     "first_frame_latent",

@@ -15,8 +15,10 @@ from fv_distill.lora import AdapterSwitch
 from fv_distill.schedules import flow
 from fv_distill.schedules.timesteps import score_sigma
 
-from .conditioning import ACTION_COLUMNS, IMAGE_COLUMNS, Conditioning, PreparedBatch
+from .conditioning import ACTION_COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS, Conditioning, PreparedBatch
+from .encoders import Encoders
 from .kv_cache import KVCache
+from .pretrained import load_network, read_flow_shift, resolve_directory
 from .role_network import RoleNetwork
 from .transformers.block_causal import ChunkLayout
 
@@ -35,6 +37,8 @@ class ModelBase(RoleNetwork, ABC):
         text_length: the number of tokens that text embeddings are padded to.
     """
 
+    network_class: ClassVar[type[Any]]
+    encoders_class: ClassVar[type[Encoders]]
     required_channels: ClassVar[tuple[str, ...]] = ("text",)
 
     def __init__(
@@ -55,6 +59,61 @@ class ModelBase(RoleNetwork, ABC):
         self.negative_prompt = negative_prompt
         self.text_length = text_length
         self._prompts: dict[str, Conditioning] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        init_from: str,
+        *,
+        trainable: bool = False,
+        flow_shift: float | None = None,
+        dtype: str | torch.dtype = "float32",
+        weights: str | None = None,
+        gradient_checkpointing: bool = False,
+        attention_backend: str | None = None,
+        negative_prompt: str = "",
+        text_length: int = 512,
+    ) -> Self:
+        """Load a pipeline directory or Hub repository.
+
+        Args:
+            init_from: a local diffusers directory or a Hub id `owner/name`.
+            trainable: whether this role is trained.
+            flow_shift: the noise schedule's shift; None reads it from the directory's scheduler.
+            dtype: of the weights; trainable roles want float32.
+            weights: a safetensors file in diffusers' key names that replaces the transformer's weights.
+            gradient_checkpointing: recompute activations in the backward pass.
+            attention_backend: a diffusers attention backend, for instance "flash" or "native".
+            negative_prompt: see `ModelBase`.
+            text_length: see `ModelBase`.
+
+        Raises:
+            FileNotFoundError: if there is no such model.
+            ValueError: for weights that don't fit, a network that is not the family's, an unknown dtype or attention
+                backend.
+        """
+        directory = resolve_directory(init_from)
+        transformer = load_network(
+            cls.network_class,
+            directory,
+            check=cls.check_network,
+            dtype=dtype,
+            weights=weights,
+            gradient_checkpointing=gradient_checkpointing,
+            attention_backend=attention_backend,
+        )
+        return cls(
+            transformer,
+            directory=directory,
+            flow_shift=read_flow_shift(directory) if flow_shift is None else flow_shift,
+            trainable=trainable,
+            negative_prompt=negative_prompt,
+            text_length=text_length,
+        )
+
+    @classmethod
+    def check_network(cls, network_config: Any, directory: Path) -> None:
+        """Raise a `ValueError` if the network of this config isn't one that the adapter calls rightly."""
 
     @classmethod
     def on_base(cls, base: "ModelBase", *, flow_shift: float | None = None, **kwargs: Any) -> Self:
@@ -90,16 +149,12 @@ class ModelBase(RoleNetwork, ABC):
         """The velocity `eps - x0` at `x_t`, fp32, in the shape of `x_t`."""
 
     @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Text conditioning `[len(prompts), text_length, D]`; the encoder is loaded, used and freed."""
-
-    @abstractmethod
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """Raw VAE latents to what the network is trained on."""
 
     @abstractmethod
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Normalised latents to video `[B, 3, F, H, W]` in [0, 1], fp32; the VAE is loaded, used and freed."""
+    def raw_latents(self, latents: Tensor) -> Tensor:
+        """What `normalize_latents` made its argument from, fp32."""
 
     @abstractmethod
     def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
@@ -117,6 +172,18 @@ class ModelBase(RoleNetwork, ABC):
         raise ValueError(f"{type(self).__name__} can't share a clip's tokens between processes")
 
     # What follows from it
+
+    def encoders(self) -> Encoders:
+        """The family's text encoders and VAE, to be loaded on the network's device and freed with the object."""
+        return self.encoders_class(self.directory, device=self.device, dtype=self.dtype, text_length=self.text_length)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Text conditioning `[len(prompts), text_length, D]`; the encoder is loaded, used and freed."""
+        return self.encoders().encode_prompts(prompts)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Normalised latents to video `[B, 3, F, H, W]` in [0, 1], fp32; the VAE is loaded, used and freed."""
+        return self.encoders().decode(self.raw_latents(latents))
 
     def predict_x0(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """The clean latents that the velocity at `x_t` points to, fp32."""
@@ -186,13 +253,16 @@ class ModelBase(RoleNetwork, ABC):
 
     def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
         text, mask = batch["text_embedding"].float(), batch["text_mask"]
+        extras = {name: batch[name] for name in TEXT_COLUMNS + IMAGE_COLUMNS + ACTION_COLUMNS if name in batch}
         dropped = batch.get("caption_dropped")
         if dropped is not None and bool(dropped.any()):
             empty = self.prompt_conditioning("")
             assert empty.text is not None and empty.text_mask is not None
             text = torch.where(dropped[:, None, None], empty.text, text)
             mask = torch.where(dropped[:, None], empty.text_mask, mask)
-        extras = {name: batch[name] for name in IMAGE_COLUMNS + ACTION_COLUMNS if name in batch}
+            for name, value in empty.extras.items():
+                rows = dropped.view(-1, *[1] * (value.ndim - 1))
+                extras[name] = torch.where(rows, value.to(extras[name].dtype), extras[name])
         return Conditioning(text, mask, extras)
 
 

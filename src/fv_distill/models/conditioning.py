@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+TEXT_COLUMNS = ("pooled_text_embedding", "text_embedding_2", "text_mask_2")
+"""What a family with several text encoders makes of a caption besides `text`; it goes where the text goes."""
 IMAGE_COLUMNS = ("clip_feature", "first_frame_latent", "pil_image")
 ACTION_COLUMNS = ("mouse_cond", "keyboard_cond")
 CHANNEL_COLUMNS = {"image": IMAGE_COLUMNS, "action": ACTION_COLUMNS}
@@ -24,6 +26,15 @@ class Conditioning:
     text: Tensor | None
     text_mask: Tensor | None
     extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def row(self, index: int) -> "Conditioning":
+        """The conditions of one sample, batch size 1."""
+        rows = slice(index, index + 1)
+        return Conditioning(
+            None if self.text is None else self.text[rows],
+            None if self.text_mask is None else self.text_mask[rows],
+            {name: value[rows] for name, value in self.extras.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -52,14 +63,23 @@ def unconditional(conditioning: Conditioning, policy: UncondPolicy, negative: Co
         negative: the negative prompt's text, batch size 1 or B; only needed by the policy `negative_prompt`.
     """
     text, mask = conditioning.text, conditioning.text_mask
+    extras = dict(conditioning.extras)
     if policy.text == "negative_prompt":
         assert negative is not None and negative.text is not None, "the negative prompt must be encoded first"
         text, mask = _expand(negative.text, conditioning), _expand(negative.text_mask, conditioning)
+        extras |= {
+            name: expanded
+            for name, value in negative.extras.items()
+            if (expanded := _expand(value, conditioning)) is not None
+        }
     elif policy.text == "zero" and text is not None:
         text = torch.zeros_like(text)
+        extras |= {
+            name: torch.zeros_like(extras[name]) for name in TEXT_COLUMNS if name in extras and "mask" not in name
+        }
     elif policy.text == "drop":
         text, mask = None, None
-    extras = dict(conditioning.extras)
+        extras = {name: value for name, value in extras.items() if name not in TEXT_COLUMNS}
     for channel, columns in CHANNEL_COLUMNS.items():
         for column in columns:
             if column in extras:

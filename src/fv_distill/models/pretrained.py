@@ -1,7 +1,7 @@
 """Reading diffusers directories: where a model is, what its configs say, and replacing its weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,58 @@ def read_flow_shift(directory: Path) -> float:
         if config.get(key) is not None:
             return float(config[key])
     raise ValueError(f"{path} tells no flow shift; set models.<role>.flow_shift")
+
+
+def load_network(
+    network_class: type[Any],
+    directory: Path,
+    *,
+    check: Callable[[Any, Path], None],
+    dtype: str | torch.dtype,
+    weights: str | None,
+    gradient_checkpointing: bool,
+    attention_backend: str | None,
+    subfolder: str = "transformer",
+) -> nn.Module:
+    """A directory's network; errors as in `ModelBase.from_pretrained`.
+
+    Under `torch.device("meta")` its config is all that is read: the shapes without the weights.
+
+    Args:
+        network_class: the diffusers class of the network.
+        directory: the pipeline directory.
+        check: raises if the network of a config (its first argument) isn't what the adapter takes.
+        dtype: see `ModelBase.from_pretrained`.
+        weights: see `ModelBase.from_pretrained`.
+        gradient_checkpointing: see `ModelBase.from_pretrained`.
+        attention_backend: see `ModelBase.from_pretrained`.
+        subfolder: where in the directory it is.
+    """
+    is_meta = torch.get_default_device().type == "meta"
+    transformer: Any = (
+        _without_weights(network_class, directory, subfolder, parse_dtype(dtype))
+        if is_meta
+        else network_class.from_pretrained(directory, subfolder=subfolder, dtype=parse_dtype(dtype))
+    )
+    check(transformer.config, directory)
+    if weights is not None and not is_meta:
+        load_weights_override(transformer, weights)
+    if gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if attention_backend is not None:
+        transformer.set_attention_backend(attention_backend)
+    return transformer
+
+
+def _without_weights(network_class: type[Any], directory: Path, subfolder: str, dtype: torch.dtype) -> nn.Module:
+    """The network on the meta device, its parameters in the types that `from_pretrained` would give them."""
+    load_component_config(directory, subfolder)
+    network = network_class.from_config(network_class.load_config(directory, subfolder=subfolder))
+    kept_in_fp32 = network_class._keep_in_fp32_modules or []
+    for name, parameter in network.named_parameters():
+        if not any(part in name.split(".") for part in kept_in_fp32):
+            parameter.data = parameter.data.to(dtype)
+    return network.eval()
 
 
 def load_weights_override(transformer: nn.Module, path: str) -> None:

@@ -6,18 +6,13 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from .base import ModelBase
 from .conditioning import Conditioning
-from .pretrained import (
-    load_component_config,
-    load_weights_override,
-    parse_dtype,
-    read_flow_shift,
-    resolve_directory,
-)
+from .pretrained import load_component_config
+from .wan_encoders import WanEncoders
 
 
 class WanModel(ModelBase):
@@ -26,6 +21,8 @@ class WanModel(ModelBase):
     The arguments are those of `ModelBase`; use `WanModel.from_pretrained` for a diffusers directory.
     """
 
+    network_class = WanTransformer3DModel
+    encoders_class = WanEncoders
     lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "all": ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"),
@@ -45,53 +42,10 @@ class WanModel(ModelBase):
         self.latents_std = torch.tensor(vae["latents_std"]).view(1, -1, 1, 1, 1)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        init_from: str,
-        *,
-        trainable: bool = False,
-        flow_shift: float | None = None,
-        dtype: str | torch.dtype = "float32",
-        weights: str | None = None,
-        gradient_checkpointing: bool = False,
-        attention_backend: str | None = None,
-        negative_prompt: str = "",
-        text_length: int = 512,
-    ) -> "WanModel":
-        """Load a Wan pipeline directory or Hub repository.
-
-        Args:
-            init_from: a local diffusers directory or a Hub id `owner/name`.
-            trainable: whether this role is trained.
-            flow_shift: the noise schedule's shift; None reads it from the directory's scheduler.
-            dtype: of the weights; trainable roles want float32.
-            weights: a safetensors file in diffusers' key names that replaces the transformer's weights.
-            gradient_checkpointing: recompute activations in the backward pass.
-            attention_backend: a diffusers attention backend, for instance "flash" or "native".
-            negative_prompt: see `ModelBase`.
-            text_length: see `ModelBase`.
-
-        Raises:
-            FileNotFoundError: if there is no such model.
-            ValueError: for weights that don't fit, an image-to-video network, an unknown dtype or attention backend.
-        """
-        directory = resolve_directory(init_from)
-        transformer = load_text_to_video(
-            WanTransformer3DModel,
-            directory,
-            dtype=dtype,
-            weights=weights,
-            gradient_checkpointing=gradient_checkpointing,
-            attention_backend=attention_backend,
-        )
-        return cls(
-            transformer,
-            directory=directory,
-            flow_shift=read_flow_shift(directory) if flow_shift is None else flow_shift,
-            trainable=trainable,
-            negative_prompt=negative_prompt,
-            text_length=text_length,
-        )
+    def check_network(cls, network_config: Any, directory: Path) -> None:
+        """See `ModelBase.check_network`."""
+        if network_config.image_dim is not None or network_config.in_channels != network_config.out_channels:
+            raise ValueError(f"{directory} is an image-to-video Wan; only Wan 2.1 text-to-video is handled")
 
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelBase.predict_velocity`; a sigma per latent frame is spread over the frame's tokens."""
@@ -109,32 +63,12 @@ class WanModel(ModelBase):
         )
         return velocity.float()
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """See `ModelBase.encode_prompts`; cleaning, tokenising and padding are `WanPipeline`'s own."""
-        pipeline = WanPipeline.from_pretrained(self.directory, transformer=None, vae=None, dtype=self.dtype)
-        pipeline.text_encoder.to(self.device)
-        text, _ = pipeline.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.device
-        )
-        # The pipeline pads with zeros and gives no mask; an encoded token is never exactly zero.
-        return Conditioning(text.float(), text.abs().sum(dim=-1) > 0)
-
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """`(latents - mean) / std` with the VAE's per-channel statistics, fp32."""
         return (latents.float() - self.latents_mean.to(latents.device)) / self.latents_std.to(latents.device)
 
-    @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """See `ModelBase.decode_latents`."""
-        vae = self._load_vae(latents.device)
-        video = vae.decode(self._raw_latents(latents).to(vae.dtype), return_dict=False)[0]
-        return (video.float() / 2 + 0.5).clamp(0, 1)
-
-    def _load_vae(self, device: torch.device) -> Any:
-        return AutoencoderKLWan.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(device)
-
-    def _raw_latents(self, latents: Tensor) -> Tensor:
+    def raw_latents(self, latents: Tensor) -> Tensor:
+        """`latents * std + mean`, see `ModelBase.raw_latents`."""
         return latents.float() * self.latents_std.to(latents.device) + self.latents_mean.to(latents.device)
 
     def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
@@ -181,44 +115,3 @@ class WanModel(ModelBase):
                 f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, whose text_dim is "
                 f"{self.network_config.text_dim}; encode the captions with this model's own text encoder"
             )
-
-
-def load_text_to_video(
-    network_class: type[WanTransformer3DModel],
-    directory: Path,
-    *,
-    dtype: str | torch.dtype,
-    weights: str | None,
-    gradient_checkpointing: bool,
-    attention_backend: str | None,
-) -> nn.Module:
-    """A directory's network as `network_class`; arguments and errors as in `WanModel.from_pretrained`.
-
-    Under `torch.device("meta")` its config is all that is read: the shapes without the weights.
-    """
-    is_meta = torch.get_default_device().type == "meta"
-    transformer: Any = (
-        _without_weights(network_class, directory, parse_dtype(dtype))
-        if is_meta
-        else network_class.from_pretrained(directory, subfolder="transformer", dtype=parse_dtype(dtype))
-    )
-    if transformer.config.image_dim is not None or transformer.config.in_channels != transformer.config.out_channels:
-        raise ValueError(f"{directory} is an image-to-video Wan; only Wan 2.1 text-to-video is handled")
-    if weights is not None and not is_meta:
-        load_weights_override(transformer, weights)
-    if gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if attention_backend is not None:
-        transformer.set_attention_backend(attention_backend)
-    return transformer
-
-
-def _without_weights(network_class: type[WanTransformer3DModel], directory: Path, dtype: torch.dtype) -> Any:
-    """The network on the meta device, its parameters in the types that `from_pretrained` would give them."""
-    load_component_config(directory, "transformer")
-    network: Any = network_class.from_config(network_class.load_config(directory, subfolder="transformer"))
-    kept_in_fp32 = network_class._keep_in_fp32_modules or []
-    for name, parameter in network.named_parameters():
-        if not any(part in name.split(".") for part in kept_in_fp32):
-            parameter.data = parameter.data.to(dtype)
-    return network.eval()

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from .base import CausalModelBase, ModelBase
 from .conditioning import Conditioning
 from .kv_cache import KVCache
-from .pretrained import read_flow_shift, resolve_directory
+from .pretrained import load_network, read_flow_shift, resolve_directory
 from .transformers.block_causal import ChunkLayout
 from .transformers.wan_causal import CausalWanTransformer3DModel
-from .wan import WanModel, load_text_to_video
+from .wan import WanModel
+from .wan_encoders import WanEncoders
 from .wan_streaming_decode import WanStreamingDecoder
 
 
@@ -22,6 +23,8 @@ class CausalWanModel(CausalModelBase, WanModel):
 
     The arguments are those of `CausalModelBase`; use `CausalWanModel.from_pretrained` for a diffusers directory.
     """
+
+    network_class = CausalWanTransformer3DModel
 
     def __init__(self, transformer: nn.Module, *, directory: str | Path, **kwargs: Any) -> None:
         if not isinstance(transformer, CausalWanTransformer3DModel):
@@ -58,7 +61,7 @@ class CausalWanModel(CausalModelBase, WanModel):
         attention_backend: str | None = None,
         negative_prompt: str = "",
         text_length: int = 512,
-    ) -> "CausalWanModel":
+    ) -> Self:
         """Load a Wan pipeline directory or Hub repository, causal or not.
 
         Args:
@@ -81,9 +84,10 @@ class CausalWanModel(CausalModelBase, WanModel):
                 sizes that make no chunks.
         """
         directory = resolve_directory(init_from)
-        transformer = load_text_to_video(
-            CausalWanTransformer3DModel,
+        transformer = load_network(
+            cls.network_class,
             directory,
+            check=cls.check_network,
             dtype=dtype,
             weights=weights,
             gradient_checkpointing=gradient_checkpointing,
@@ -180,9 +184,9 @@ class CausalWanModel(CausalModelBase, WanModel):
 
     def streaming_decoder(self) -> Callable[[Tensor], Tensor]:
         """See `CausalModelBase.streaming_decoder`."""
-        vae = self._load_vae(self.device)
+        vae = cast(WanEncoders, self.encoders()).vae
         decoder = WanStreamingDecoder(vae)
-        return lambda chunk: (decoder(self._raw_latents(chunk).to(vae.dtype)).float() / 2 + 0.5).clamp(0, 1)
+        return lambda chunk: (decoder(self.raw_latents(chunk).to(vae.dtype)).float() / 2 + 0.5).clamp(0, 1)
 
     def _velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, **options: Any) -> Tensor:
         assert conditioning.text is not None, "Wan has no network without text; see required_channels"

@@ -22,7 +22,7 @@ from fv_distill.data.parquet import ParquetDataset
 from fv_distill.data.schema import SCALARS, write_rows
 from fv_distill.methods.options import OPTIONS_BY_TARGET, TrajectoryOptions
 from fv_distill.models.base import ModelBase
-from fv_distill.models.conditioning import Conditioning
+from fv_distill.models.conditioning import UncondPolicy, unconditional
 from fv_distill.rng import generator_for
 from fv_distill.rollouts.ode import STATES, TIMESTEPS, ode_trajectory, trajectory_sigmas
 
@@ -109,7 +109,9 @@ class TrajectoryCache:
             prepared.conditioning,
             levels,
             keep=kept,
-            unconditional=_negative(teacher, prepared.conditioning) if options.teacher_guidance_scale != 1 else None,
+            unconditional=unconditional(prepared.conditioning, UncondPolicy(), teacher.negative_conditioning())
+            if options.teacher_guidance_scale != 1
+            else None,
             guidance_scale=options.teacher_guidance_scale,
         ).cpu()
         for row, path in zip(rows, states, strict=True):
@@ -177,15 +179,6 @@ def trajectory_options(config: RunConfig) -> TrajectoryOptions | None:
         return None
     options = kind.model_validate(config.method.options)
     return options if options.teacher_path_cache is not None else None
-
-
-def _negative(teacher: ModelBase, conditioning: Conditioning) -> Conditioning:
-    negative = teacher.negative_conditioning()
-    assert negative.text is not None and negative.text_mask is not None and conditioning.text is not None
-    count = conditioning.text.shape[0]
-    return Conditioning(
-        negative.text.expand(count, -1, -1), negative.text_mask.expand(count, -1), dict(conditioning.extras)
-    )
 
 
 def _fingerprint(init_from: str) -> str | None:

@@ -1,0 +1,49 @@
+"""The frozen networks around a family's transformer: what makes latents and conditions of videos and captions."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .conditioning import Conditioning
+
+
+class Encoders(ABC):
+    """A pipeline directory's text encoders and VAE, each loaded when it is first used and kept as long as this object.
+
+    Args:
+        directory: the diffusers pipeline directory.
+        device: where they compute.
+        dtype: of their weights.
+        text_length: the number of tokens that text embeddings are padded to.
+    """
+
+    def __init__(self, directory: Path, *, device: torch.device, dtype: torch.dtype, text_length: int) -> None:
+        self.directory = directory
+        self.device = device
+        self.dtype = dtype
+        self.text_length = text_length
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Text conditioning `[len(prompts), text_length, D]`, fp32 and zero at padding; see `Conditioning`."""
+
+    @abstractmethod
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Video `[B, 3, F, H, W]` in [0, 1] to raw VAE latents `[B, C, T, h, w]`: the distribution's mode, fp32.
+
+        Raw is what data sets store; `ModelBase.normalize_latents` makes of it what the network is trained on.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Raw VAE latents to video `[B, 3, F, H, W]` in [0, 1], fp32."""
+
+    def encode_images(self, video: Tensor) -> dict[str, Tensor]:
+        """What an image-to-video network sees of videos `[B, 3, F, H, W]`: data column -> tensor, first dimension B.
+
+        Nothing for networks that are conditioned on text alone.
+        """
+        return {}
