@@ -55,6 +55,9 @@ class TrainingMethod(ABC):
     cache_roles: ClassVar[tuple[str, ...]] = ()
     """Roles that make the method's training data beforehand, and that a config may therefore name."""
 
+    trains_experts: ClassVar[bool] = False
+    """Whether the networks may be experts for a part of the noise levels."""
+
     few_step_sigmas: tuple[float, ...] | None = None
     """The levels that the trained student is sampled at, without the final 0; None for a many-step model."""
 
@@ -122,3 +125,9 @@ class TrainingMethod(ABC):
             if model.trainable != (role in self.trainable_roles):
                 should = "true" if role in self.trainable_roles else "false"
                 raise ValueError(f"{name} needs models.{role}.trainable: {should}")
+            if model.is_expert and not self.trains_experts:
+                low, high = model.sigma_range
+                raise ValueError(
+                    f"{name} calls its networks at all noise levels, but models.{role} is an expert for sigma {low:g} to "
+                    f"{high:g} only; FineTuneMethod and DMD2Method train experts"
+                )

@@ -17,7 +17,7 @@ from fv_distill.rng import SampleRng
 from fv_distill.rollouts.few_step import few_step_rollout
 from fv_distill.schedules import flow
 from fv_distill.schedules.few_step import few_step_sigmas
-from fv_distill.schedules.timesteps import score_sigma
+from fv_distill.schedules.timesteps import score_sigma, within_range
 
 from .base import LossTerm, SigmaErrors, TrainingMethod
 from .calls import NetworkCall
@@ -30,6 +30,7 @@ class DMD2Method(TrainingMethod):
     options_class = DMD2Options
     trainable_roles = ("student", "critic")
     frozen_roles = ("teacher",)
+    trains_experts = True
 
     def __init__(self, models: Mapping[str, ModelBase], options: MethodOptions | None = None) -> None:
         super().__init__(models, options)
@@ -41,6 +42,7 @@ class DMD2Method(TrainingMethod):
             warp=self.options.warp_denoising_step,
         )
         self.sample_type = self.options.student_sample_type
+        self._exits = self._own_steps()
         cfg = self.options.cfg_uncond
         self._policy = UncondPolicy(text=cfg.text, image=cfg.image or "keep", action=cfg.action or "keep")
         if self._uses_guidance and cfg.text == "drop" and "text" in self.teacher.required_channels:
@@ -50,6 +52,35 @@ class DMD2Method(TrainingMethod):
             )
         # The student's rollout on its way to the critic's loss of the same step, by the micro-batch's first sample.
         self._rollouts: dict[tuple[int, int], Tensor] = {}
+
+    def _own_steps(self) -> tuple[int, ...]:
+        """Indices of the steps that the student is trained at: all, or those of an expert's noise levels.
+
+        Raises:
+            ValueError: if the roles are experts for different levels, or the student has none to be trained at.
+        """
+        own = self.student.sigma_range
+        for role, model in self.models.items():
+            if model.sigma_range != own:
+                raise ValueError(
+                    f"models.{role} is for sigma {model.sigma_range}, but the student for {own}; give all roles the same "
+                    "expert and boundary_ratio"
+                )
+        if self.options.max_score_sigma <= own[0] or self.options.min_score_sigma >= own[1]:
+            raise ValueError(
+                f"method.min_score_sigma={self.options.min_score_sigma:g} and max_score_sigma="
+                f"{self.options.max_score_sigma:g} leave out the expert's whole range {own}"
+            )
+        steps = tuple(step for step, sigma in enumerate(self.few_step_sigmas) if self.student.covers(sigma))
+        levels = ", ".join(f"{sigma:.4g}" for sigma in self.few_step_sigmas)
+        if not steps:
+            raise ValueError(f"method.dmd_denoising_steps: none of the sigmas {levels} is in the expert's range {own}")
+        if self.options.rollout_mode == "simulate" and steps[0] != 0:
+            raise ValueError(
+                f"method.rollout_mode: simulate starts at pure noise, which is not in the expert's range {own}; a low-noise "
+                "expert is trained with rollout_mode: data_latent, on clips"
+            )
+        return steps
 
     @property
     def _uses_guidance(self) -> bool:
@@ -77,11 +108,11 @@ class DMD2Method(TrainingMethod):
         return tuple(calls)
 
     def _rollout_calls(self, num_frames: int, *, grad: bool) -> list[NetworkCall]:
-        """The student's calls of one rollout; exit steps are drawn evenly, so that its mean depth is (n + 1) / 2."""
+        """The student's calls of one rollout; exit steps are drawn evenly among those that it is trained at."""
         last = NetworkCall("student", grad=grad)
         if self.options.rollout_mode == "data_latent":
             return [last]
-        return [NetworkCall("student", count=(len(self.few_step_sigmas) + 1) / 2 - 1), last]
+        return [NetworkCall("student", count=sum(self._exits) / len(self._exits)), last]
 
     def optimizer_overrides(self, role: str) -> dict[str, Any]:
         """The critic's own learning rate, betas and scheduler where the options give them."""
@@ -156,7 +187,7 @@ class DMD2Method(TrainingMethod):
             noise,
             prepared.conditioning,
             self.few_step_sigmas,
-            exit_step=rng.shared_integer(f"{role}/exit", len(self.few_step_sigmas)),
+            exit_step=self._exits[rng.shared_integer(f"{role}/exit", len(self._exits))],
             sample_type=self.sample_type,
             fresh_noise=lambda step: rng.normal(f"{role}/rollout/{step}", shape),
             grad=grad,
@@ -164,7 +195,7 @@ class DMD2Method(TrainingMethod):
 
     def _denoise_data(self, prepared: PreparedBatch, noise: Tensor, u: Tensor, *, grad: bool) -> Tensor:
         """One student call on clips noised to a level drawn per sample."""
-        levels = torch.tensor(self.few_step_sigmas, device=u.device)
+        levels = torch.tensor([self.few_step_sigmas[step] for step in self._exits], device=u.device)
         sigma = levels[(u * len(levels)).long()]
         x_t = flow.add_noise(prepared.latents, noise, sigma)
         with torch.set_grad_enabled(grad):
@@ -176,7 +207,11 @@ class DMD2Method(TrainingMethod):
         if options.score_sigma == "per_batch":
             u = torch.full_like(u, rng.shared_uniform(stream))
         shift = options.score_flow_shift or self.student.flow_shift
-        return score_sigma(u, shift=shift, minimum=options.min_score_sigma, maximum=options.max_score_sigma)
+
+        def sigma_at(u: Tensor) -> Tensor:
+            return score_sigma(u, shift=shift, minimum=options.min_score_sigma, maximum=options.max_score_sigma)
+
+        return within_range(u, sigma_at, self.student.sigma_range)
 
     def _unconditional(self, conditioning: Conditioning) -> Conditioning:
         negative = self.student.negative_conditioning() if self._policy.text == "negative_prompt" else None

@@ -62,7 +62,16 @@ class TrajectoryCache:
         return [index for index in range(self.num_files) if not self._file(index).is_file()]
 
     def make(self, accelerator: Accelerator, teacher: ModelBase) -> None:
-        """Make what is missing, each process its share."""
+        """Make what is missing, each process its share.
+
+        Raises:
+            ValueError: if the teacher is for some noise levels only.
+        """
+        if teacher.is_expert:
+            raise ValueError(
+                "models.teacher is an expert for a part of the noise levels, and sampling paths go through all of them; "
+                "distil two experts with DMD2Method"
+            )
         if accelerator.is_main_process:
             self._write_metadata()
         missing = self.missing
