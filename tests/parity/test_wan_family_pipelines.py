@@ -1,5 +1,7 @@
 """Denoising steps of diffusers' Wan pipelines for images and for two experts against the adapters'."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -86,9 +88,7 @@ def run_pipeline(kind, directory, name, noise, *, steps, image=None, **call):
 
 
 def load(kind, directory, name, **options):
-    return kind.from_pretrained(
-        str(directory), negative_prompt=NEGATIVE, text_length=text_length(name), **options
-    )
+    return kind.from_pretrained(str(directory), negative_prompt=NEGATIVE, text_length=text_length(name), **options)
 
 
 def condition(model, picture):
@@ -104,7 +104,7 @@ def condition(model, picture):
 def euler(model_at, noise, sigmas, picture, *, scale_at):
     """Euler steps over the pipeline's own sigmas; model and guidance may differ between levels."""
     x_t = noise
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, following in pairwise(sigmas):
         model, scale = model_at(float(sigma)), scale_at(float(sigma))
         positive, negative = condition(model, picture)
         velocity = model.predict_velocity(x_t, sigma[None], positive)

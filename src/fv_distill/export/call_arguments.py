@@ -1,9 +1,13 @@
 """The arguments that a pipeline has to be called with to make clips like those that a student was trained on."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from fv_distill.models.pretrained import load_component_config
+import diffusers
+
+from fv_distill.models.pretrained import load_component_config, read_model_index
 
 
 def training_call_arguments(directory: Path, latent_shape: Sequence[int], *, text_length: int) -> dict[str, int]:
@@ -24,3 +28,20 @@ def training_call_arguments(directory: Path, latent_shape: Sequence[int], *, tex
         "num_frames": (frames - 1) * factor + (1 if factor > 1 else 0),
         "max_sequence_length": text_length,
     }
+
+
+def needs_image(pipeline_class: Any) -> bool:
+    """Whether a pipeline can't be called without the first frame, `image`."""
+    parameter = inspect.signature(pipeline_class.__call__).parameters.get("image")
+    return parameter is not None and parameter.default is parameter.empty
+
+
+def takes_image(pipeline_class: Any) -> bool:
+    """Whether a pipeline can be called with a first frame, `image`."""
+    return "image" in inspect.signature(pipeline_class.__call__).parameters
+
+
+def pipeline_of(directory: Path, pipeline_config: Mapping[str, Any] | None = None) -> Any:
+    """The diffusers class that a directory names, or `pipeline_config` in its stead; None if diffusers has no such."""
+    name = {**read_model_index(directory), **(pipeline_config or {})}["_class_name"]
+    return getattr(diffusers, name, None)

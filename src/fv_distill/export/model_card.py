@@ -92,7 +92,7 @@ def _section(name: str, body: str) -> str:
 
 def _metadata(info: StudentInfo, base: BaseCard, directory: Path) -> ModelCardData:
     """The front matter. `to_yaml` quotes what needs it and drops what is None."""
-    kind = _pipeline_tag(directory)
+    kind = "image-to-video" if info.needs_image else _pipeline_tag(directory)
     is_lora = info.lora_weights is not None
     tags = ["diffusers", "video", kind, "distillation", "causal", "lora", "fv_distill"]
     applies = {"distillation": info.sigmas is not None, "causal": info.causal is not None, "lora": is_lora}

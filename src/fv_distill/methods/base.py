@@ -128,6 +128,6 @@ class TrainingMethod(ABC):
             if model.is_expert and not self.trains_experts:
                 low, high = model.sigma_range
                 raise ValueError(
-                    f"{name} calls its networks at all noise levels, but models.{role} is an expert for sigma {low:g} to "
-                    f"{high:g} only; FineTuneMethod and DMD2Method train experts"
+                    f"{name} calls its networks at all noise levels, but models.{role} is an expert for sigma {low:g} "
+                    f"to {high:g} only; FineTuneMethod and DMD2Method train experts"
                 )

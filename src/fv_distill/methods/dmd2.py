@@ -63,8 +63,8 @@ class DMD2Method(TrainingMethod):
         for role, model in self.models.items():
             if model.sigma_range != own:
                 raise ValueError(
-                    f"models.{role} is for sigma {model.sigma_range}, but the student for {own}; give all roles the same "
-                    "expert and boundary_ratio"
+                    f"models.{role} is for sigma {model.sigma_range}, but the student for {own}; give all roles the "
+                    "same expert and boundary_ratio"
                 )
         if self.options.max_score_sigma <= own[0] or self.options.min_score_sigma >= own[1]:
             raise ValueError(
@@ -77,8 +77,8 @@ class DMD2Method(TrainingMethod):
             raise ValueError(f"method.dmd_denoising_steps: none of the sigmas {levels} is in the expert's range {own}")
         if self.options.rollout_mode == "simulate" and steps[0] != 0:
             raise ValueError(
-                f"method.rollout_mode: simulate starts at pure noise, which is not in the expert's range {own}; a low-noise "
-                "expert is trained with rollout_mode: data_latent, on clips"
+                f"method.rollout_mode: simulate starts at pure noise, which is not in the expert's range {own}; a "
+                "low-noise expert is trained with rollout_mode: data_latent, on clips"
             )
         return steps
 

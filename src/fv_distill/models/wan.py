@@ -128,8 +128,8 @@ class WanModel(ModelBase):
         own = base.expert
         if expert not in (None, own.name) or boundary_ratio not in (None, own.boundary_ratio):
             raise ValueError(
-                f"expert={expert} and boundary_ratio={boundary_ratio} contradict the role whose network is shared, which "
-                f"has {own.name} and {own.boundary_ratio}; leave them out"
+                f"expert={expert} and boundary_ratio={boundary_ratio} contradict the role whose network is shared, "
+                f"which has {own.name} and {own.boundary_ratio}; leave them out"
             )
         return super().on_base(base, expert=own, **kwargs)
 

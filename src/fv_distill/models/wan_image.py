@@ -71,8 +71,8 @@ class WanImageToVideoModel(WanModel):
         frames = int(load_component_config(directory, "vae")["scale_factor_temporal"])
         if read != 2 * own + frames:
             raise ValueError(
-                f"{directory} is no image-to-video Wan: its network reads {read} channels, not {own} noisy ones, a mask of "
-                f"{frames} and {own} of the image; use fv_distill.models.WanModel"
+                f"{directory} is no image-to-video Wan: its network reads {read} channels, not {own} noisy ones, a "
+                f"mask of {frames} and {own} of the image; use fv_distill.models.WanModel"
             )
 
     @property
@@ -83,7 +83,9 @@ class WanImageToVideoModel(WanModel):
     def condition_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """See `ModelBase.condition_shapes`."""
         channels, frames, height, width = latent_shape
-        shapes = {_FIRST_FRAME: (channels, 1 if self.expands_timesteps else frames, height, width)}
+        shapes: dict[str, tuple[int, ...]] = {
+            _FIRST_FRAME: (channels, 1 if self.expands_timesteps else frames, height, width)
+        }
         if not self.reads_clip:
             return shapes
         encoder = load_component_config(self.directory, "image_encoder")
@@ -104,8 +106,8 @@ class WanImageToVideoModel(WanModel):
     ) -> PreparedBatch:
         """See `ModelBase.prepare_batch`.
 
-        Wan's VAE is causal, so that a clip's first latent frame is that of its first frame alone: where there are clips,
-        or the ends of sampling paths, TI2V 5B takes its given frame from them and reads no `first_frame_latent`.
+        Wan's VAE is causal, so that a clip's first latent frame is that of its first frame alone: where there are
+        clips, or the ends of sampling paths, TI2V 5B takes its given frame from them and reads no `first_frame_latent`.
         """
         if self.expands_timesteps and "vae_latent" in batch:
             batch = {**batch, _FIRST_FRAME: self.normalize_latents(batch["vae_latent"][:, :, :1])}
@@ -125,9 +127,7 @@ class WanImageToVideoModel(WanModel):
             return super().predict_velocity(x_t, sigma, conditioning)
         return self._after_given_frame(x_t, sigma, conditioning, image[:, :, :1])
 
-    def _beside_image(
-        self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, image: Tensor | None
-    ) -> Tensor:
+    def _beside_image(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, image: Tensor | None) -> Tensor:
         batch, _, frames, height, width = x_t.shape
         mask = x_t.new_zeros(batch, self.temporal_factor, frames, height, width)
         if image is not None:

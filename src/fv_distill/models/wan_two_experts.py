@@ -46,20 +46,20 @@ def choose_expert(directory: Path, name: str | None, boundary_ratio: float | Non
     if not has_two_experts(directory):
         if name is not None or boundary_ratio is not None:
             raise ValueError(
-                f"expert={name} and boundary_ratio={boundary_ratio} choose one of two networks, but {directory} has one "
-                "for all noise levels; remove the keys"
+                f"expert={name} and boundary_ratio={boundary_ratio} choose one of two networks, but {directory} has "
+                "one for all noise levels; remove the keys"
             )
         return Expert()
     boundary = read_model_index(directory).get("boundary_ratio") if boundary_ratio is None else boundary_ratio
     if boundary is None or not 0 < boundary < 1:
         raise ValueError(
-            f"boundary_ratio={boundary} of {directory} must be a sigma between 0 and 1; set models.<role>.boundary_ratio "
-            "(Wan 2.2 A14B: 0.875 for text-to-video, 0.9 for image-to-video)"
+            f"boundary_ratio={boundary} of {directory} must be a sigma between 0 and 1; set "
+            "models.<role>.boundary_ratio (Wan 2.2 A14B: 0.875 for text-to-video, 0.9 for image-to-video)"
         )
     if name not in ("high", "low"):
         raise ValueError(
-            f"expert={name}, but {directory} has two networks; set models.<role>.expert to high (sigma from {boundary:g} "
-            f"up) or low (below {boundary:g}). A run trains one of them"
+            f"expert={name}, but {directory} has two networks; set models.<role>.expert to high (sigma from "
+            f"{boundary:g} up) or low (below {boundary:g}). A run trains one of them"
         )
     if name == "high":
         return Expert("high", HIGH, (boundary, 1.0), boundary)

@@ -54,9 +54,7 @@ def density_sigma(
     raise ValueError(f"unknown sigma density {density!r}; choose one of {', '.join(DENSITIES)}")
 
 
-def within_range(
-    u: Tensor, quantile: Callable[[Tensor], Tensor], sigma_range: tuple[float, float]
-) -> Tensor:
+def within_range(u: Tensor, quantile: Callable[[Tensor], Tensor], sigma_range: tuple[float, float]) -> Tensor:
     """Sigmas of the density whose quantile function is `quantile`, given that they lie in `sigma_range`.
 
     This is the share of a whole model's training that falls to an expert for some of its noise levels.

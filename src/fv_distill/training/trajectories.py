@@ -69,8 +69,8 @@ class TrajectoryCache:
         """
         if teacher.is_expert:
             raise ValueError(
-                "models.teacher is an expert for a part of the noise levels, and sampling paths go through all of them; "
-                "distil two experts with DMD2Method"
+                "models.teacher is an expert for a part of the noise levels, and sampling paths go through all of "
+                "them; distil two experts with DMD2Method"
             )
         if accelerator.is_main_process:
             self._write_metadata()
