@@ -1,4 +1,4 @@
-"""Image-to-video Wan, TI2V 5B and two experts: trained, resumed, validated, exported, and sampled by stock pipelines."""
+"""Image-to-video Wan, TI2V 5B and two experts: trained, resumed, validated, exported, sampled by stock pipelines."""
 
 import json
 
@@ -120,6 +120,7 @@ RUNS = {
     "wan22_i2v_high": ("wan22_i2v", {**IMAGE, "expert": "high"}, {}),
     "wan22_t2v_high": ("wan22_t2v", {"expert": "high"}, {}),
     "wan22_t2v_low": ("wan22_t2v", {"expert": "low"}, {"rollout_mode": "data_latent"}),
+    "wan22_i2v_low": ("wan22_i2v", {**IMAGE, "expert": "low"}, {}),
 }
 
 
@@ -139,6 +140,8 @@ def test_dmd2_trains_resumes_exports_and_samples(directories, clips, prompts, tm
     config = dmd2_config(directories[name], clips[name], tmp_path / "whole", **model)
     config["method"] |= options
     takes_image = "_target_" in model
+    if run == "wan22_i2v_low":
+        config["models"]["high_expert"] = {"init_from": str(directories[name]), **model, "expert": "high"}
     config["callbacks"] = {
         "ema": {"decay": 0.5},
         "validation": {
@@ -181,3 +184,32 @@ def test_fine_tuning(directories, clips, tmp_path, run):
     run_dir = train(finetune_config(directories[name], clips[name], tmp_path / "run", **model))
     assert all(np.isfinite(line["loss/student"]) for line in metrics(run_dir))
     convert(checkpoint(run_dir, 2), tmp_path / "student")
+
+
+@pytest.mark.parametrize(("run", "preset"), [("wan21_i2v", "image_attention"), ("wan22_t2v_low", "attention")])
+def test_a_lora_is_exported_and_its_card_runs(directories, clips, tmp_path, monkeypatch, run, preset):
+    name, model, _ = RUNS[run]
+    lora = {"lora": {"enable": True, "rank": 2, "target_modules": preset}}
+    run_dir = train(finetune_config(directories[name], clips[name], tmp_path / "run", **model, **lora))
+    exported = convert(checkpoint(run_dir, 2), tmp_path / "student")
+    merged = convert(checkpoint(run_dir, 2), tmp_path / "merged", export_format="merged")
+    card = (exported / "README.md").read_text()
+    snippet = card.split("```python")[1].split("```")[0]
+    # The card names the base model as the Hub would.
+    (tmp_path / directories[name].name).symlink_to(directories[name])
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(
+        compile(
+            snippet.replace('    output_type="pil",', '    num_inference_steps=2, output_type="pil",'), "card", "exec"
+        ),
+        scope,
+    )
+    assert (tmp_path / "sample.gif").is_file()
+    component = "transformer_2" if model.get("expert") == "low" else "transformer"
+    assert getattr(scope["pipe"], component).peft_config
+    weights = getattr(DiffusionPipeline.from_pretrained(merged), component).state_dict()
+    before = getattr(DiffusionPipeline.from_pretrained(directories[name]), component).state_dict()
+    changed = {key for key in weights if not torch.equal(weights[key], before[key])}
+    assert changed and all(".to_" in key or ".add_" in key for key in changed)
+    assert any(".add_k_proj" in key for key in changed) == (preset == "image_attention")

@@ -52,6 +52,9 @@ class TrainingMethod(ABC):
     trainable_roles: ClassVar[tuple[str, ...]]
     frozen_roles: ClassVar[tuple[str, ...]] = ()
 
+    optional_roles: ClassVar[tuple[str, ...]] = ()
+    """Frozen roles that the method can do without."""
+
     cache_roles: ClassVar[tuple[str, ...]] = ()
     """Roles that make the method's training data beforehand, and that a config may therefore name."""
 
@@ -114,7 +117,7 @@ class TrainingMethod(ABC):
         name = type(self).__name__
         expected = self.trainable_roles + self.frozen_roles
         missing = [role for role in expected if role not in self.models]
-        surplus = [role for role in self.models if role not in expected]
+        surplus = [role for role in self.models if role not in expected + self.optional_roles]
         if missing or surplus:
             raise ValueError(
                 f"{name} needs the roles {', '.join(expected)}; models has {', '.join(self.models) or 'none'}"

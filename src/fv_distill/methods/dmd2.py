@@ -14,7 +14,7 @@ from fv_distill.losses.flow_matching import errors_by_sigma, flow_matching_loss
 from fv_distill.models.base import ModelBase
 from fv_distill.models.conditioning import CHANNEL_COLUMNS, Conditioning, PreparedBatch, UncondPolicy, unconditional
 from fv_distill.rng import SampleRng
-from fv_distill.rollouts.few_step import few_step_rollout
+from fv_distill.rollouts.few_step import VelocityNetwork, few_step_rollout
 from fv_distill.schedules import flow
 from fv_distill.schedules.few_step import few_step_sigmas
 from fv_distill.schedules.timesteps import score_sigma, within_range
@@ -23,6 +23,9 @@ from .base import LossTerm, SigmaErrors, TrainingMethod
 from .calls import NetworkCall
 from .options import DMD2Options, MethodOptions
 
+# Pipelines compare timesteps, 1000 sigma, that went through float32.
+_EDGE = 1e-5
+
 
 class DMD2Method(TrainingMethod):
     """The student follows `score_fake - score_real` at its own samples; the critic fits those samples in every step."""
@@ -30,6 +33,8 @@ class DMD2Method(TrainingMethod):
     options_class = DMD2Options
     trainable_roles = ("student", "critic")
     frozen_roles = ("teacher",)
+    # Makes a low-noise expert's rollouts down to where its own noise levels begin.
+    optional_roles = ("high_expert",)
     trains_experts = True
 
     def __init__(self, models: Mapping[str, ModelBase], options: MethodOptions | None = None) -> None:
@@ -43,6 +48,8 @@ class DMD2Method(TrainingMethod):
         )
         self.sample_type = self.options.student_sample_type
         self._exits = self._own_steps()
+        high = self.models.get("high_expert")
+        self._rollout_network: VelocityNetwork = self.student if high is None else _ByNoise(high, self.student)
         cfg = self.options.cfg_uncond
         self._policy = UncondPolicy(text=cfg.text, image=cfg.image or "keep", action=cfg.action or "keep")
         if self._uses_guidance and cfg.text == "drop" and "text" in self.teacher.required_channels:
@@ -60,8 +67,8 @@ class DMD2Method(TrainingMethod):
             ValueError: if the roles are experts for different levels, or the student has none to be trained at.
         """
         own = self.student.sigma_range
-        for role, model in self.models.items():
-            if model.sigma_range != own:
+        for role in ("teacher", "critic"):
+            if (model := self.models[role]).sigma_range != own:
                 raise ValueError(
                     f"models.{role} is for sigma {model.sigma_range}, but the student for {own}; give all roles the "
                     "same expert and boundary_ratio"
@@ -73,14 +80,35 @@ class DMD2Method(TrainingMethod):
             )
         steps = tuple(step for step, sigma in enumerate(self.few_step_sigmas) if self.student.covers(sigma))
         levels = ", ".join(f"{sigma:.4g}" for sigma in self.few_step_sigmas)
+        for sigma in self.few_step_sigmas:
+            if any(0 < edge < 1 and abs(sigma - edge) < _EDGE for edge in own):
+                raise ValueError(
+                    f"method.dmd_denoising_steps: of the sigmas {levels}, {sigma:.4g} is the boundary between "
+                    "the experts itself, where a pipeline's rounding decides which one it calls; choose other steps or another "
+                    "flow_shift"
+                )
         if not steps:
             raise ValueError(f"method.dmd_denoising_steps: none of the sigmas {levels} is in the expert's range {own}")
-        if self.options.rollout_mode == "simulate" and steps[0] != 0:
-            raise ValueError(
-                f"method.rollout_mode: simulate starts at pure noise, which is not in the expert's range {own}; a "
-                "low-noise expert is trained with rollout_mode: data_latent, on clips"
-            )
+        self._check_high_expert(needed=self.options.rollout_mode == "simulate" and steps[0] != 0)
         return steps
+
+    def _check_high_expert(self, *, needed: bool) -> None:
+        own, high = self.student.sigma_range, self.models.get("high_expert")
+        if high is None and needed:
+            raise ValueError(
+                f"method.rollout_mode: simulate starts at pure noise, which is not in the expert's range {own}; set "
+                "models.high_expert to the expert that makes the steps before, or rollout_mode: data_latent for clips"
+            )
+        if high is not None and not needed:
+            raise ValueError(
+                "models.high_expert is only called in the rollouts (rollout_mode: simulate) of a low-noise expert; "
+                "remove it"
+            )
+        if high is not None and high.sigma_range != (own[1], 1.0):
+            raise ValueError(
+                f"models.high_expert is for sigma {high.sigma_range}, but the student's range {own} ends at {own[1]:g}"
+                "; set models.high_expert.expert: high, and the same boundary_ratio for all roles"
+            )
 
     @property
     def _uses_guidance(self) -> bool:
@@ -112,7 +140,11 @@ class DMD2Method(TrainingMethod):
         last = NetworkCall("student", grad=grad)
         if self.options.rollout_mode == "data_latent":
             return [last]
-        return [NetworkCall("student", count=sum(self._exits) / len(self._exits)), last]
+        # Steps before the student's own are another expert's.
+        before = self._exits[0]
+        mean_exit = sum(self._exits) / len(self._exits)
+        calls = [NetworkCall("high_expert", count=before)] if before else []
+        return [*calls, NetworkCall("student", count=mean_exit - before), last]
 
     def optimizer_overrides(self, role: str) -> dict[str, Any]:
         """The critic's own learning rate, betas and scheduler where the options give them."""
@@ -183,7 +215,7 @@ class DMD2Method(TrainingMethod):
             return self._denoise_data(prepared, noise, rng.uniform(f"{role}/exit"), grad=grad)
         # The depth is shared by all ranks: with sharded networks every rank has to make the same calls.
         return few_step_rollout(
-            self.student,
+            self._rollout_network,
             noise,
             prepared.conditioning,
             self.few_step_sigmas,
@@ -230,3 +262,16 @@ class DMD2Method(TrainingMethod):
                         "remove the key or set method.cfg_uncond.on_missing: ignore"
                     )
         return prepared
+
+
+class _ByNoise:
+    """Two experts as one network for rollouts, whose samples are all at one noise level, on all processes."""
+
+    def __init__(self, high: ModelBase, low: ModelBase) -> None:
+        self._high, self._low = high, low
+
+    def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The velocity by the expert whose level it is."""
+        # In float32 on both sides, as levels are.
+        expert = self._low if bool(sigma[0] < self._low.sigma_range[1]) else self._high
+        return expert.predict_velocity(x_t, sigma, conditioning)
