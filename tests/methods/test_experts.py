@@ -169,7 +169,7 @@ def test_steps_without_one_of_the_experts_are_refused(two_experts):
 
 def test_a_step_at_the_boundary_is_refused(two_experts):
     """The published boundary of image-to-video is a level of the usual steps at shift 3."""
-    with pytest.raises(ValueError, match="0.9 is the boundary between the experts itself"):
+    with pytest.raises(ValueError, match="0.9 is the boundary between the experts,"):
         DMD2Method(make_roles(two_experts, "high", boundary_ratio=0.9), DMD2Options(dmd_denoising_steps=STEPS))
 
 

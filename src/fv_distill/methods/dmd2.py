@@ -48,8 +48,6 @@ class DMD2Method(TrainingMethod):
         )
         self.sample_type = self.options.student_sample_type
         self._exits = self._own_steps()
-        high = self.models.get("high_expert")
-        self._rollout_network: VelocityNetwork = self.student if high is None else _ByNoise(high, self.student)
         cfg = self.options.cfg_uncond
         self._policy = UncondPolicy(text=cfg.text, image=cfg.image or "keep", action=cfg.action or "keep")
         if self._uses_guidance and cfg.text == "drop" and "text" in self.teacher.required_channels:
@@ -66,31 +64,33 @@ class DMD2Method(TrainingMethod):
         Raises:
             ValueError: if the roles are experts for different levels, or the student has none to be trained at.
         """
-        own = self.student.sigma_range
+        own, levels = self.student.sigma_range, ", ".join(f"{sigma:.4g}" for sigma in self.few_step_sigmas)
+        self._check_ranges(own)
+        for sigma in self.few_step_sigmas:
+            if any(0 < edge < 1 and abs(sigma - edge) < _EDGE for edge in own):
+                raise ValueError(
+                    f"method.dmd_denoising_steps: of the sigmas {levels}, {sigma:.4g} is the boundary between the "
+                    "experts, where rounding decides which one a pipeline calls; choose other steps or flow_shift"
+                )
+        steps = tuple(step for step, sigma in enumerate(self.few_step_sigmas) if self.student.covers(sigma))
+        if not steps:
+            raise ValueError(f"method.dmd_denoising_steps: none of the sigmas {levels} is in the expert's range {own}")
+        self._check_high_expert(needed=self.options.rollout_mode == "simulate" and steps[0] != 0)
+        return steps
+
+    def _check_ranges(self, own: tuple[float, float]) -> None:
         for role in ("teacher", "critic"):
             if (model := self.models[role]).sigma_range != own:
                 raise ValueError(
                     f"models.{role} is for sigma {model.sigma_range}, but the student for {own}; give all roles the "
                     "same expert and boundary_ratio"
                 )
-        if self.options.max_score_sigma <= own[0] or self.options.min_score_sigma >= own[1]:
+        minimum, maximum = self.options.min_score_sigma, self.options.max_score_sigma
+        if maximum <= own[0] or minimum >= own[1]:
             raise ValueError(
-                f"method.min_score_sigma={self.options.min_score_sigma:g} and max_score_sigma="
-                f"{self.options.max_score_sigma:g} leave out the expert's whole range {own}"
+                f"method.min_score_sigma={minimum:g} and max_score_sigma={maximum:g} leave out the expert's whole range "
+                f"{own}"
             )
-        steps = tuple(step for step, sigma in enumerate(self.few_step_sigmas) if self.student.covers(sigma))
-        levels = ", ".join(f"{sigma:.4g}" for sigma in self.few_step_sigmas)
-        for sigma in self.few_step_sigmas:
-            if any(0 < edge < 1 and abs(sigma - edge) < _EDGE for edge in own):
-                raise ValueError(
-                    f"method.dmd_denoising_steps: of the sigmas {levels}, {sigma:.4g} is the boundary between "
-                    "the experts itself, where a pipeline's rounding decides which one it calls; choose other steps or another "
-                    "flow_shift"
-                )
-        if not steps:
-            raise ValueError(f"method.dmd_denoising_steps: none of the sigmas {levels} is in the expert's range {own}")
-        self._check_high_expert(needed=self.options.rollout_mode == "simulate" and steps[0] != 0)
-        return steps
 
     def _check_high_expert(self, *, needed: bool) -> None:
         own, high = self.student.sigma_range, self.models.get("high_expert")
@@ -215,7 +215,7 @@ class DMD2Method(TrainingMethod):
             return self._denoise_data(prepared, noise, rng.uniform(f"{role}/exit"), grad=grad)
         # The depth is shared by all ranks: with sharded networks every rank has to make the same calls.
         return few_step_rollout(
-            self._rollout_network,
+            self._rollout_network(),
             noise,
             prepared.conditioning,
             self.few_step_sigmas,
@@ -224,6 +224,11 @@ class DMD2Method(TrainingMethod):
             fresh_noise=lambda step: rng.normal(f"{role}/rollout/{step}", shape),
             grad=grad,
         )
+
+    def _rollout_network(self) -> VelocityNetwork:
+        """The student, behind the expert that makes the steps before its own."""
+        high = self.models.get("high_expert")
+        return self.student if high is None else _InTurns(high, self.student, first_low=self._exits[0])
 
     def _denoise_data(self, prepared: PreparedBatch, noise: Tensor, u: Tensor, *, grad: bool) -> Tensor:
         """One student call on clips noised to a level drawn per sample."""
@@ -264,14 +269,14 @@ class DMD2Method(TrainingMethod):
         return prepared
 
 
-class _ByNoise:
-    """Two experts as one network for rollouts, whose samples are all at one noise level, on all processes."""
+class _InTurns:
+    """Two experts as one network for one rollout, whose first calls are the other expert's."""
 
-    def __init__(self, high: ModelBase, low: ModelBase) -> None:
-        self._high, self._low = high, low
+    def __init__(self, high: ModelBase, low: ModelBase, *, first_low: int) -> None:
+        self._high, self._low, self._left = high, low, first_low
 
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """The velocity by the expert whose level it is."""
-        # In float32 on both sides, as levels are.
-        expert = self._low if bool(sigma[0] < self._low.sigma_range[1]) else self._high
+        """The velocity by the expert whose turn it is, which is known without looking at the device's sigma."""
+        self._left -= 1
+        expert = self._high if self._left >= 0 else self._low
         return expert.predict_velocity(x_t, sigma, conditioning)
