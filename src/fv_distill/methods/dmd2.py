@@ -88,8 +88,8 @@ class DMD2Method(TrainingMethod):
         minimum, maximum = self.options.min_score_sigma, self.options.max_score_sigma
         if maximum <= own[0] or minimum >= own[1]:
             raise ValueError(
-                f"method.min_score_sigma={minimum:g} and max_score_sigma={maximum:g} leave out the expert's whole range "
-                f"{own}"
+                f"method.min_score_sigma={minimum:g} and max_score_sigma={maximum:g} leave out the expert's whole "
+                f"range {own}"
             )
 
     def _check_high_expert(self, *, needed: bool) -> None:
