@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from fv_distill.config import load_run_config
+from fv_distill.estimate import Layout
+from fv_distill.estimate.estimate import Device
 from fv_distill.estimate.published import config_directory
 from fv_distill.models import WanImageToVideoModel, WanModel
 from fv_distill.training.building import build_models
+from fv_distill.training.estimating import estimate_run
 from fv_distill.training.run import build_method
 
 CONFIGS = Path(__file__).resolve().parents[2] / "examples/configs"
@@ -57,3 +60,21 @@ def test_the_roles_of_a_config_fit_each_other_and_its_clips(method, name):
     if "14b_" in name and method == "dmd2":
         own = [sigma for sigma in built.few_step_sigmas if student.covers(sigma)]
         assert own == pytest.approx([1, 0.9375] if "high" in name else [0.83333, 0.625], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wan2.1_i2v_14b", "wan2.2_t2v_14b_low"])
+def test_whole_networks_fit_sixteen_gpus(name):
+    config = load_run_config(CONFIGS / "dmd2" / f"{name}.yaml")
+    for model in config.models.values():
+        model.init_from = (
+            model.init_from if model.init_from.startswith("Wan-AI/") else "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+        )
+    estimate = estimate_run(
+        config, Layout(16, "sharded", 16, "bf16", device_type="cuda"), Device("GPU", None, None, 0.4)
+    )
+    assert estimate.peak.total < 0.9 * 80 * 2**30
+    calls = {(counted.call.role, counted.call.grad): counted.call.count for counted in estimate.calls}
+    if name.endswith("low"):
+        # Both steps before the student's own, in each of the rollouts.
+        assert calls["high_expert", False] == pytest.approx(2)

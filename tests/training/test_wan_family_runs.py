@@ -17,8 +17,10 @@ from tiny_wan import (
     make_wan22_t2v_directory,
 )
 
-from fv_distill.data import write_rows
+from fv_distill.cli import generate
+from fv_distill.data import ParquetDataset, write_rows
 from fv_distill.export import convert
+from fv_distill.models import WanImageToVideoModel
 from fv_distill.models.wan_encoders import WanImageEncoders
 
 MAKERS = {
@@ -213,3 +215,109 @@ def test_a_lora_is_exported_and_its_card_runs(directories, clips, tmp_path, monk
     changed = {key for key in weights if not torch.equal(weights[key], before[key])}
     assert changed and all(".to_" in key or ".add_" in key for key in changed)
     assert any(".add_k_proj" in key for key in changed) == (preset == "image_attention")
+
+
+def test_roles_share_an_experts_network(directories, clips, tmp_path):
+    """Student and critic as adapters on the low-noise expert, the teacher being that expert itself."""
+    config = dmd2_config(directories["wan22_t2v"], clips["wan22_t2v"], tmp_path / "run")
+    config["models"]["teacher"]["expert"] = "low"
+    for role in ("student", "critic"):
+        config["models"][role] = {
+            "share_base_with": "teacher",
+            "trainable": True,
+            "lora": {"enable": True, "rank": 2},
+        }
+    config["method"]["rollout_mode"] = "data_latent"
+    run_dir = train(config)
+    metadata = json.loads((checkpoint(run_dir, 2) / "metadata.json").read_text())
+    assert metadata["networks"]["student"]["component"] == "transformer_2"
+    merged = convert(checkpoint(run_dir, 2), tmp_path / "merged", export_format="merged")
+    ours, theirs = (DiffusionPipeline.from_pretrained(directory) for directory in (merged, directories["wan22_t2v"]))
+    changed = {
+        component: not all(
+            torch.equal(a, b)
+            for a, b in zip(getattr(ours, component).parameters(), getattr(theirs, component).parameters(), strict=True)
+        )
+        for component in ("transformer", "transformer_2")
+    }
+    assert changed == {"transformer": False, "transformer_2": True}
+
+
+def test_a_checkpoint_of_the_other_expert_is_refused(directories, clips, tmp_path):
+    config = finetune_config(directories["wan22_t2v"], clips["wan22_t2v"], tmp_path / "high", expert="high")
+    high = train(config)
+    config["models"]["student"]["expert"] = "low"
+    resume = {
+        "training.output_dir": str(tmp_path / "low"),
+        "training.checkpoint.resume_from_checkpoint": str(checkpoint(high, 1)),
+    }
+    with pytest.raises(ValueError, match="holds a transformer as student, this run has a transformer_2"):
+        train(config, resume)
+
+
+def test_rows_of_text_alone_are_refused_before_training(directories, tmp_path):
+    rows = [{"caption": "a digit", "text_embedding": torch.randn(4, TEXT_DIM)} for _ in range(2)]
+    write_rows(tmp_path / "rows/rows.parquet", rows)
+    config = dmd2_config(directories["wan21_i2v"], tmp_path / "rows", tmp_path / "run", **IMAGE)
+    config["training"]["data"]["latent_shape"] = list(LATENT_SHAPE)
+    with pytest.raises(ValueError, match="have no first_frame_latent, which WanImageToVideoModel"):
+        train(config)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_captions_and_first_frames_are_enough_for_dmd2(directories, clips, tmp_path):
+    dataset = ParquetDataset(clips["wan21_i2v"])
+    kept = ("caption", "text_embedding", "first_frame_latent", "clip_feature")
+    write_rows(
+        tmp_path / "rows/rows.parquet",
+        [{key: dataset[index][key] for key in kept} for index in range(len(dataset))],
+    )
+    config = dmd2_config(directories["wan21_i2v"], tmp_path / "rows", tmp_path / "run", **IMAGE)
+    config["training"]["data"]["latent_shape"] = list(LATENT_SHAPE)
+    assert len(metrics(train(config))) == 2
+
+
+def kd_config(directory, rows, output_dir, **model):
+    config = finetune_config(directory, rows, output_dir, **model)
+    config["models"]["teacher"] = {"init_from": str(directory), **model}
+    config["method"] = {
+        "_target_": "fv_distill.methods.KDMethod",
+        "teacher_path_cache": str(output_dir.with_name("paths")),
+        "t_list": [1000, 500, 0],
+        "teacher_inference_steps": 2,
+    }
+    return config
+
+
+@pytest.mark.parametrize("name", ["wan21_i2v", "ti2v"])
+def test_knowledge_distillation_from_an_image(directories, clips, tmp_path, name):
+    run_dir = train(kd_config(directories[name], clips[name], tmp_path / "run", **IMAGE))
+    assert all(np.isfinite(line["loss/student"]) for line in metrics(run_dir))
+    if name == "ti2v":
+        states = ParquetDataset(tmp_path / "paths")[0]["trajectory_latents"]
+        first = WanImageToVideoModel.from_pretrained(str(directories[name]), text_length=TEXT_LENGTH)
+        latents = first.normalize_latents(ParquetDataset(clips[name])[0]["vae_latent"][None])
+        torch.testing.assert_close(states[-1][:, 0], latents[0, :, 0], atol=1e-4, rtol=0)
+
+
+def test_an_expert_makes_no_paths_for_knowledge_distillation(directories, clips, tmp_path):
+    config = kd_config(directories["wan22_t2v"], clips["wan22_t2v"], tmp_path / "run", expert="high")
+    with pytest.raises(ValueError, match="sampling paths go through all of them"):
+        train(config)
+
+
+def test_generate_wants_an_image_where_the_pipeline_does(directories, prompts, tmp_path, capsys):
+    size = ["--height", "32", "--width", "32", "--num-frames", "9", "--num-inference-steps", "1", "--seed", "0"]
+    words = ["--prompt", "a digit", "--output", str(tmp_path / "out.gif"), *size]
+    image = ["--image", str(prompts.parent / "first.png")]
+    generate(["--model", str(directories["wan21_i2v"]), *words, *image])
+    assert (tmp_path / "out.gif").is_file()
+    for model, more, message in (
+        ("wan21_i2v", [], "give --image FILE"),
+        ("wan22_t2v", image, "makes videos of text alone"),
+        ("wan21_i2v", ["--image", "nowhere.png"], "no such file"),
+    ):
+        with pytest.raises(SystemExit):
+            generate(["--model", str(directories[model]), *words, *more])
+        captured = capsys.readouterr()
+        assert message in " ".join((captured.out + captured.err).split())

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPVisionModel
+from transformers import CLIPVisionModel
 
 from .conditioning import Conditioning
 from .encoders import Encoders
@@ -72,8 +72,11 @@ class WanImageEncoders(WanEncoders):
         return encoder.to(self.device).eval()
 
     @cached_property
-    def image_processor(self) -> CLIPImageProcessor:
+    def image_processor(self) -> Any:
         """What scales, crops and normalises images for it."""
+        # Importing it has transformers say which backend it falls back to, which is of no interest without images.
+        from transformers import CLIPImageProcessor
+
         return CLIPImageProcessor.from_pretrained(self.directory, subfolder="image_processor")
 
     @torch.no_grad()
