@@ -1,6 +1,7 @@
 """Image-to-video Wan, TI2V 5B and two experts: trained, resumed, validated, exported, sampled by stock pipelines."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,8 +51,19 @@ def sample(directory, prompts, name, **call):
     return pipeline, frames.frames
 
 
+def run_card(exported):
+    """What the snippet of an export's card leaves behind, with fewer steps; it writes to the working directory."""
+    snippet = (exported / "README.md").read_text().split("```python")[1].split("```")[0]
+    if "num_inference_steps" not in snippet:
+        snippet = snippet.replace("    output_type=", "    num_inference_steps=2,\n    output_type=")
+    scope = {}
+    exec(compile(snippet, "card", "exec"), scope)
+    assert Path("sample.gif").is_file()
+    return scope
+
+
 @pytest.mark.parametrize("run", RUNS)
-def test_dmd2_trains_resumes_exports_and_samples(directories, clips, prompts, tmp_path, run):
+def test_dmd2_trains_resumes_exports_and_samples(directories, clips, prompts, tmp_path, monkeypatch, run):
     name, model, options = RUNS[run]
     config = dmd2_config(directories[name], clips[name], tmp_path / "whole", **model)
     config["method"] |= options
@@ -90,8 +102,13 @@ def test_dmd2_trains_resumes_exports_and_samples(directories, clips, prompts, tm
         if theirs is not None:
             same = all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
             assert same == (component != trained), component
+    card = (exported / "README.md").read_text()
+    assert ("pipeline_tag: image-to-video" in card) == takes_image
+    assert ("one of two networks that part at sigma 0.875" in card) == ("expert" in model)
     if "expert" in model:
         assert pipeline.config.boundary_ratio == 0.875
+    monkeypatch.chdir(tmp_path)
+    assert type(run_card(exported)["pipe"]) is type(pipeline)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -109,19 +126,10 @@ def test_a_lora_is_exported_and_its_card_runs(directories, clips, tmp_path, monk
     run_dir = train(finetune_config(directories[name], clips[name], tmp_path / "run", **model, **lora))
     exported = convert(checkpoint(run_dir, 2), tmp_path / "student")
     merged = convert(checkpoint(run_dir, 2), tmp_path / "merged", export_format="merged")
-    card = (exported / "README.md").read_text()
-    snippet = card.split("```python")[1].split("```")[0]
     # The card names the base model as the Hub would.
     (tmp_path / directories[name].name).symlink_to(directories[name])
     monkeypatch.chdir(tmp_path)
-    scope = {}
-    exec(
-        compile(
-            snippet.replace('    output_type="pil",', '    num_inference_steps=2, output_type="pil",'), "card", "exec"
-        ),
-        scope,
-    )
-    assert (tmp_path / "sample.gif").is_file()
+    scope = run_card(exported)
     component = "transformer_2" if model.get("expert") == "low" else "transformer"
     assert getattr(scope["pipe"], component).peft_config
     weights = getattr(DiffusionPipeline.from_pretrained(merged), component).state_dict()
@@ -179,6 +187,21 @@ def test_rows_of_text_alone_are_refused_before_training(directories, tmp_path):
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize(("student", "teacher"), [(IMAGE, {}), ({}, IMAGE)])
+def test_roles_that_see_different_things_are_refused(directories, clips, tmp_path, student, teacher):
+    """TI2V 5B is both; a role without the image would be scored on other videos, silently."""
+    config = dmd2_config(directories["ti2v"], clips["ti2v"], tmp_path / "run", **student)
+    config["models"]["teacher"] = {"init_from": str(directories["ti2v"]), **teacher}
+    with pytest.raises(ValueError, match="models.teacher is conditioned on .*; give both the same _target_"):
+        train(config)
+
+
+def test_diffusion_forcing_from_an_image(directories, clips, tmp_path):
+    config = finetune_config(directories["ti2v"], clips["ti2v"], tmp_path / "run", **IMAGE)
+    config["method"] = {"_target_": "fv_distill.methods.DiffusionForcingSFTMethod", "chunk_size": 1}
+    assert all(np.isfinite(line["loss/student"]) for line in metrics(train(config)))
+
+
 def test_captions_and_first_frames_are_enough_for_dmd2(directories, clips, tmp_path):
     dataset = ParquetDataset(clips["wan21_i2v"])
     kept = ("caption", "text_embedding", "first_frame_latent", "clip_feature")
@@ -209,6 +232,9 @@ def test_knowledge_distillation_from_an_image(directories, clips, tmp_path, name
     assert all(np.isfinite(line["loss/student"]) for line in metrics(run_dir))
     if name == "ti2v":
         states = ParquetDataset(tmp_path / "paths")[0]["trajectory_latents"]
+        # Another adapter on the same weights would have made other paths.
+        with pytest.raises(ValueError, match="were made with models.teacher._target_="):
+            train(kd_config(directories[name], clips[name], tmp_path / "other"))
         first = WanImageToVideoModel.from_pretrained(str(directories[name]), text_length=TEXT_LENGTH)
         latents = first.normalize_latents(ParquetDataset(clips[name])[0]["vae_latent"][None])
         torch.testing.assert_close(states[-1][:, 0], latents[0, :, 0], atol=1e-4, rtol=0)
