@@ -24,9 +24,7 @@ TOKENS_SHARED = {"training.distributed.context_parallel_degree": 2, "training.da
 # Directory, role options, method, overrides of two processes.
 RUNS = {
     "clip_features": ("wan21_i2v", IMAGE, dmd2_config, {}),
-    "timesteps_of_tokens": ("ti2v", IMAGE, dmd2_config, {}),
     "rollouts_over_two_experts": ("wan22_i2v", {**IMAGE, "expert": "low"}, dmd2_config, {}),
-    "clip_features_shared": ("wan21_i2v", IMAGE, finetune_config, TOKENS_SHARED),
     "timesteps_of_tokens_shared": ("ti2v", IMAGE, finetune_config, TOKENS_SHARED),
 }
 

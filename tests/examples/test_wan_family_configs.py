@@ -63,18 +63,8 @@ def test_the_roles_of_a_config_fit_each_other_and_its_clips(method, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wan2.1_i2v_14b", "wan2.2_t2v_14b_low"])
-def test_whole_networks_fit_sixteen_gpus(name):
-    config = load_run_config(CONFIGS / "dmd2" / f"{name}.yaml")
-    for model in config.models.values():
-        model.init_from = (
-            model.init_from if model.init_from.startswith("Wan-AI/") else "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
-        )
-    estimate = estimate_run(
-        config, Layout(16, "sharded", 16, "bf16", device_type="cuda"), Device("GPU", None, None, 0.4)
-    )
-    assert estimate.peak.total < 0.9 * 80 * 2**30
-    calls = {(counted.call.role, counted.call.grad): counted.call.count for counted in estimate.calls}
-    if name.endswith("low"):
-        # Both steps before the student's own, in each of the rollouts.
-        assert calls["high_expert", False] == pytest.approx(2)
+def test_whole_networks_fit_sixteen_gpus():
+    config = load_run_config(CONFIGS / "dmd2/wan2.1_i2v_14b.yaml")
+    layout = Layout(16, "sharded", 16, "bf16", device_type="cuda")
+    estimate = estimate_run(config, layout, Device("GPU", None, None, 0.4))
+    assert 60 * 2**30 < estimate.peak.total < 0.9 * 80 * 2**30

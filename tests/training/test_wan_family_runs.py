@@ -14,6 +14,7 @@ from wan_family_runs import IMAGE, LATENT_SHAPE, MAKERS, RUNS, dmd2_config, fine
 
 from fv_distill.cli import generate
 from fv_distill.data import ParquetDataset, write_rows
+from fv_distill.evaluation.ways import make_way
 from fv_distill.export import convert
 from fv_distill.models import WanImageToVideoModel
 
@@ -261,3 +262,8 @@ def test_generate_wants_an_image_where_the_pipeline_does(directories, prompts, t
             generate(["--model", str(directories[model]), *words, *more])
         captured = capsys.readouterr()
         assert message in " ".join((captured.out + captured.err).split())
+
+
+def test_evaluation_refuses_what_it_can_not_show_an_image(directories):
+    with pytest.raises(ValueError, match="makes videos of first frames; evaluate gives prompts alone"):
+        make_way("model", directories["wan21_i2v"], steps=None, guidance=None, option="steps")

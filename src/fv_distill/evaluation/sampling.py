@@ -16,7 +16,6 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from fv_distill.export.call_arguments import needs_image
 from fv_distill.export.scheduler import few_step_scheduler
 from fv_distill.generation import VideoStreamer, even_sigmas, to_uint8
 from fv_distill.rng import derive_seed, generator_for
@@ -100,11 +99,6 @@ class PipelineSampler:
 
     def _arguments(self, way: Way, size: ClipSize, negative_prompt: str | None) -> dict[str, Any]:
         name = type(self.pipeline).__name__
-        if needs_image(type(self.pipeline)):
-            raise ValueError(
-                f"{way.directory} is a {name}, which makes videos of first frames; evaluate gives prompts alone "
-                "and can't compare such models"
-            )
         if "num_frames" not in self._parameters:
             raise ValueError(f"{way.directory} is a {name}, which makes no videos (its call takes no num_frames)")
         frames = None if size.num_frames is None else call_of_frames(way.directory, size.num_frames)
