@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fv_distill.data.loader import BatchPlan, build_loader
+from fv_distill.data.loader import BatchMemory, BatchPlan, build_loader
 from fv_distill.data.parquet import ParquetDataset
 from fv_distill.data.schema import DataError, write_rows
 from fv_distill.rng import SampleRng
@@ -242,3 +242,11 @@ def test_plan_is_checked():
             make_plan(**changes)
     with pytest.raises(ValueError, match=r"training.loop.gradient_accumulation_steps"):
         make_plan(accumulation=0)
+
+
+def test_batches_start_where_torchs_own_tensors_do():
+    """At multiples of 64 bytes, whatever the heap looks like: MKL's sums depend on it."""
+    memory = BatchMemory()
+    kept = [memory.empty((2, size)) for size in range(1, 60)]
+    assert {tensor.data_ptr() % 64 for tensor in kept} == {0}
+    assert [tuple(tensor.shape) for tensor in kept[:3]] == [(2, 1), (2, 2), (2, 3)]

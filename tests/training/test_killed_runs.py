@@ -4,11 +4,12 @@ import json
 import random
 import signal
 import time
+from pathlib import Path
 
 import killed_run
 import pytest
 from killed_run import KINDS
-from tiny_runs import assert_same_state, checkpoint, dmd2_config, metric_lines, train, write_config
+from tiny_runs import assert_same_state, checkpoint, dmd2_config, metric_lines, write_config
 
 from fv_distill.training import complete_checkpoints
 
@@ -27,8 +28,11 @@ def config(tiny_wan, tiny_rows, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(config):
-    return train(config)
+def whole(config, tmp_path_factory):
+    """The run that nobody touches, in a process like those of the others."""
+    path = write_config(config, tmp_path_factory.mktemp("whole") / "run.yaml")
+    assert wait(killed_run.start(path, {}, None, 0)) == 0
+    return Path(config["training"]["output_dir"])
 
 
 def wait(process):

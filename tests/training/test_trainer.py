@@ -84,7 +84,8 @@ def test_finetune_equals_a_loop_written_out(finetune, tiny_wan, monkeypatch):
             for parameter in model.transformer.parameters():
                 parameter -= 0.1 * parameter.grad
                 parameter.grad = None
-    assert [line["loss/student"] for line in metrics(output_dir)] == losses
+    # The optimizer rounds once where the loop rounds twice.
+    assert [line["loss/student"] for line in metrics(output_dir)] == pytest.approx(losses, rel=1e-6)
     assert largest_difference(student_after(output_dir, 2), model.transformer.state_dict()) < 1e-7
 
 

@@ -5,6 +5,7 @@ uninterrupted one would have seen, and a global batch doesn't depend on how it i
 """
 
 import functools
+import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from fv_distill.data.schema import DataError
 from fv_distill.rng import SampleRng, derive_seed, generator_for
 
 TEXT = "text_embedding"
+# Bytes; torch's for tensors on a CPU.
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,9 @@ class BatchMemory:
 
     A tensor from NumPy memory, and every view of it, holds a reference to the array; an array that only the pool
     refers to is free. So a batch that is kept is never overwritten. At most as much is held as was in use at once.
+
+    The memory starts where torch's own does, at multiples of 64 bytes: MKL adds in another order elsewhere, and a run
+    that goes on in a new process would differ in its last digits (seen with 2 x 24 by 24 x 144, MKL 2024.2).
     """
 
     def __init__(self) -> None:
@@ -188,8 +194,15 @@ class BatchMemory:
             # The references of the list and of the call itself.
             if sys.getrefcount(arrays[index]) == 2:
                 return torch.from_numpy(arrays[index])
-        arrays.append(np.empty(tuple(shape), dtype=np.float32))
+        arrays.append(_aligned_array(shape))
         return torch.from_numpy(arrays[-1])
+
+
+def _aligned_array(shape: Sequence[int]) -> np.ndarray[Any, Any]:
+    size = math.prod(shape)
+    memory = np.empty(size + _ALIGNMENT // 4, dtype=np.float32)
+    start = -memory.ctypes.data % _ALIGNMENT // 4
+    return memory[start : start + size].reshape(tuple(shape))
 
 
 class _MicroBatches(Dataset[Any]):
