@@ -1,4 +1,4 @@
-"""Attention among frames under a mask or over a cache, and to a context that is kept, over diffusers' `WanAttention`."""
+"""Attention of frames under a mask or over a cache, and to a context that is kept; for diffusers' `WanAttention`."""
 
 from typing import Any
 
