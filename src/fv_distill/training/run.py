@@ -20,6 +20,7 @@ from fv_distill.config.local_modules import search_beside
 from fv_distill.config.schema import RunConfig
 from fv_distill.console import console
 from fv_distill.data.parquet import ParquetDataset
+from fv_distill.data.schema import REQUIRED_TENSORS
 from fv_distill.export.checkpoint_weights import read_checkpoint_metadata
 from fv_distill.export.convert import convert
 from fv_distill.export.diffusers_dir import check_output
@@ -153,9 +154,17 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
 
 
 def build_dataset(config: RunConfig) -> ParquetDataset:
-    """The rows of `training.data`."""
+    """The rows of `training.data`; they have to hold text if a role's network reads any."""
     data = config.training.data
-    return ParquetDataset(data.data_path, on_bad_row=data.on_bad_row, cache_dir=data.cache_dir)
+    search_beside(config.source_folder)
+    kinds = [resolve_target(model.target) for model in config.models.values()]
+    reads_text = any(kind.reads_text for kind in kinds if isinstance(kind, type) and issubclass(kind, ModelBase))
+    return ParquetDataset(
+        data.data_path,
+        required=REQUIRED_TENSORS if reads_text else (),
+        on_bad_row=data.on_bad_row,
+        cache_dir=data.cache_dir,
+    )
 
 
 def build_trajectory_dataset(config: RunConfig, accelerator: Accelerator, *, dry_run: bool = False) -> ParquetDataset:

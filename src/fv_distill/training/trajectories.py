@@ -19,7 +19,7 @@ from fv_distill.config.schema import RunConfig
 from fv_distill.console import console
 from fv_distill.data.loader import BatchMemory, collate
 from fv_distill.data.parquet import ParquetDataset
-from fv_distill.data.schema import SCALARS, write_rows
+from fv_distill.data.schema import REQUIRED_TENSORS, SCALARS, write_rows
 from fv_distill.methods.options import OPTIONS_BY_TARGET, TrajectoryOptions
 from fv_distill.models.base import ModelBase
 from fv_distill.models.conditioning import UncondPolicy, unconditional
@@ -82,7 +82,9 @@ class TrajectoryCache:
         """The paths as rows."""
         assert not self.missing, "made before they are read"
         data = self.config.training.data
-        return ParquetDataset(self.directory, on_bad_row=data.on_bad_row, cache_dir=data.cache_dir)
+        return ParquetDataset(
+            self.directory, required=self.dataset.required, on_bad_row=data.on_bad_row, cache_dir=data.cache_dir
+        )
 
     def _rows(self, file: int, teacher: ModelBase, device: torch.device) -> Iterator[dict[str, Any]]:
         size = self.options.trajectories_per_file
@@ -117,6 +119,8 @@ class TrajectoryCache:
         for row, path in zip(rows, states, strict=True):
             yield {
                 **{name: value for name, value in row.scalars.items() if name in SCALARS},
+                # A network without text has none in its rows.
+                **dict.fromkeys(REQUIRED_TENSORS),
                 **{name: value for name, value in row.tensors.items() if name != "vae_latent"},
                 STATES: path,
                 TIMESTEPS: 1000 * torch.tensor(kept),
