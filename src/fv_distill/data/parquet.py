@@ -54,6 +54,7 @@ class ParquetDataset(Dataset[dict[str, Any]]):
     Args:
         data_path: a parquet file or a directory (searched recursively), or a mapping of such paths to repeat counts.
         tensors: the tensor columns wanted; None for all that every data set has.
+        required: tensor columns that every row must have a value in.
         on_bad_row: "error" raises at a bad row; "skip" takes the next good row of the same data set instead.
         cache_dir: where `datasets` keeps its Arrow copy; None for its default (`HF_DATASETS_CACHE`).
 

@@ -47,6 +47,8 @@ class ModelBase(RoleNetwork, ABC):
     network_class: ClassVar[type[Any]]
     encoders_class: ClassVar[type[Encoders]]
     required_channels: ClassVar[tuple[str, ...]] = ("text",)
+    # Whether the network reads text at all; where none does, rows need hold none.
+    reads_text: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -241,7 +243,6 @@ class ModelBase(RoleNetwork, ABC):
         Raises:
             ValueError: if the clip or a condition is missing, or its shape does not fit the network.
         """
-        text = batch["text_embedding"]
         if "vae_latent" in batch:
             shape = tuple(batch["vae_latent"].shape[1:])
         elif latents_source == "zeros" and "latent_shape" in batch:
@@ -261,7 +262,7 @@ class ModelBase(RoleNetwork, ABC):
         if latents_source == "data":
             latents = self.normalize_latents(batch["vae_latent"])
         else:
-            latents = torch.zeros((text.shape[0], *shape), device=text.device)
+            latents = torch.zeros((_batch_size(batch), *shape), device=self.device)
         return PreparedBatch(latents, self._conditioning(batch))
 
     def negative_conditioning(self) -> Conditioning:
@@ -275,8 +276,10 @@ class ModelBase(RoleNetwork, ABC):
         return self._prompts[prompt]
 
     def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
-        text, mask = batch["text_embedding"].float(), batch["text_mask"]
         extras = {name: batch[name] for name in TEXT_COLUMNS + IMAGE_COLUMNS + ACTION_COLUMNS if name in batch}
+        if not self.reads_text:
+            return Conditioning(None, None, extras)
+        text, mask = batch["text_embedding"].float(), batch["text_mask"]
         dropped = batch.get("caption_dropped")
         if dropped is not None and bool(dropped.any()):
             empty = self.prompt_conditioning("")
@@ -287,6 +290,10 @@ class ModelBase(RoleNetwork, ABC):
                 rows = dropped.view(-1, *[1] * (value.ndim - 1))
                 extras[name] = torch.where(rows, value.to(extras[name].dtype), extras[name])
         return Conditioning(text, mask, extras)
+
+
+def _batch_size(batch: Mapping[str, Any]) -> int:
+    return next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
 
 
 class CausalModelBase(ModelBase):

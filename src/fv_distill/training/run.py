@@ -247,7 +247,13 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
             "that the student shall generate"
         )
     student.check_latent_shape(latent_shape, num_frames=num_frames)
-    student.check_text(tuple(row["text_embedding"].shape))
+    if student.reads_text:
+        student.check_text(tuple(row["text_embedding"].shape))
+    elif config.training.data.caption_dropout:
+        raise ValueError(
+            f"training.data.caption_dropout={config.training.data.caption_dropout:g}, but {type(student).__name__} reads "
+            "no text; leave the key out"
+        )
     shapes = {name: tuple(value.shape) for name, value in row.items() if isinstance(value, Tensor)}
     student.check_conditions(shapes, latent_shape)
     if config.pipeline.export_dir is not None:
