@@ -459,6 +459,54 @@ class CausalModelBase(ModelBase):
                 "change models.<role>.chunk_size"
             )
 
+    def check_history(
+        self, x_t: Tensor, clean_history: Tensor | None, history_sigma: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """What the chunks of `x_t` see of a given history: its frames but the last chunk's, and their sigmas `[B, t]`.
+
+        Args:
+            x_t: `[B, C, T, H, W]`.
+            clean_history: see `predict_velocity`; None gives None.
+            history_sigma: see `predict_velocity`.
+
+        Raises:
+            ValueError: for a noise level without a history, or a history of another shape.
+        """
+        if clean_history is None:
+            if history_sigma is not None:
+                raise ValueError("history_sigma is the noise level of clean_history; give both or neither")
+            return None
+        if clean_history.shape != x_t.shape:
+            raise ValueError(
+                f"clean_history has shape {tuple(clean_history.shape)} but x_t {tuple(x_t.shape)}; give the whole "
+                "clip, each chunk reads only what is before it"
+            )
+        if history_sigma is None:
+            history_sigma = torch.zeros(x_t.shape[0], device=x_t.device)
+        # No chunk sees the last one's clean copy.
+        length = x_t.shape[2] - self.chunk_size
+        return clean_history[:, :, :length], self.per_frame(history_sigma, x_t)[:, :length]
+
+    @staticmethod
+    def per_frame(sigma: Tensor, x_t: Tensor) -> Tensor:
+        """Sigma `[B]` or `[B, T]` as `[B, T]`, fp32."""
+        sigma = sigma.float()
+        return sigma if sigma.ndim == 2 else sigma[:, None].expand(-1, x_t.shape[2])
+
+    def cache_frames(self, num_frames: int, *, rolling: bool) -> int:
+        """How many latent frames a cache has to hold for a clip of so many; see `new_cache`.
+
+        Raises:
+            ValueError: for a rolling cache without a window.
+        """
+        if not rolling:
+            return num_frames
+        if self.local_window is None:
+            raise ValueError(
+                "a rolling cache keeps what a window shows, but local_window is null; set models.<role>.local_window"
+            )
+        return min(num_frames, self.sink_frames + self.local_window + self.chunk_size)
+
     def check_chunk(self, x_t: Tensor, start_frame: int) -> None:
         """Raise a `ValueError` unless `x_t` is one chunk and can start at `start_frame`."""
         if x_t.shape[2] != self.chunk_size:

@@ -251,8 +251,8 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
         student.check_text(tuple(row["text_embedding"].shape))
     elif config.training.data.caption_dropout:
         raise ValueError(
-            f"training.data.caption_dropout={config.training.data.caption_dropout:g}, but {type(student).__name__} reads "
-            "no text; leave the key out"
+            f"training.data.caption_dropout={config.training.data.caption_dropout:g}, but {type(student).__name__} "
+            "reads no text; leave the key out"
         )
     shapes = {name: tuple(value.shape) for name, value in row.items() if isinstance(value, Tensor)}
     student.check_conditions(shapes, latent_shape)

@@ -63,6 +63,12 @@ class TrajectoryCache:
 
     def make(self, accelerator: Accelerator, teacher: ModelBase) -> None:
         """Make what is missing, each process its share."""
+        scale = self.options.teacher_guidance_scale
+        if scale != 1 and not teacher.reads_text:
+            raise ValueError(
+                f"method.teacher_guidance_scale={scale:g}, but {type(teacher).__name__} reads no text, and paths are "
+                "guided away from a negative prompt; set it to 1"
+            )
         if accelerator.is_main_process:
             self._write_metadata()
         missing = self.missing
