@@ -91,7 +91,7 @@ def test_names_and_shapes_are_the_published_ones(variant):
 
 def test_the_published_size():
     # "Matrix-Game-2.0 (1.8B)" is the model card's figure.
-    total = sum(math.prod(shape) for shape in published_shapes(CONFIGS["base_distilled_model"]).values())
+    total = sum(math.prod(shape) for shape in published_shapes(CONFIGS["base_model"]).values())
     assert total == pytest.approx(1.8e9, rel=0.02)
 
 
@@ -126,7 +126,7 @@ def test_without_actions_it_is_wan_reading_the_image_for_text():
 def write_out_actions(module: Any, hidden: torch.Tensor, mouse: torch.Tensor, keyboard: torch.Tensor) -> torch.Tensor:
     """The published module, one sample, frame and place at a time; every frame sees every other."""
     heads, size = ACTION_CONFIG["heads_num"], 8
-    window = [4 * back for back in range(1)] and ACTION_CONFIG["windows_size"] * 4
+    window = 4 * ACTION_CONFIG["windows_size"]
 
     def before(actions: torch.Tensor, frame: int) -> torch.Tensor:
         padded = torch.cat([actions[:1].expand(window, -1), actions])
