@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = attach(
         "base": ["CausalModelBase", "ModelBase"],
         "conditioning": ["Conditioning", "PreparedBatch", "UncondPolicy", "unconditional"],
         "kv_cache": ["KVCache"],
+        "longcat": ["LongCatVideoModel"],
         "wan": ["WanModel"],
         "wan_causal": ["CausalWanModel"],
     },

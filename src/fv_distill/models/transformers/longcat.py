@@ -27,7 +27,7 @@ _FEED_FORWARD_MULTIPLE = 256
 class Float32Linear(nn.Linear):
     """A linear layer that computes in float32, whatever its weights' type and autocast."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's name
+    def forward(self, input: Tensor) -> Tensor:
         """`input` in any floating type, the result in float32."""
         with torch.autocast(input.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
@@ -37,7 +37,7 @@ class Float32Linear(nn.Linear):
 class Float32LayerNorm(nn.LayerNorm):
     """A layer norm that computes in float32 and gives its input's type back."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.LayerNorm's name
+    def forward(self, input: Tensor) -> Tensor:
         """`input` in any floating type, the result in the same."""
         weight, bias = (None if value is None else value.float() for value in (self.weight, self.bias))
         return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).type_as(input)
@@ -73,6 +73,8 @@ class AttentionBackend:
 class LongCatAttention(nn.Module, AttentionModuleMixin):
     """Self-attention over all tokens of a clip."""
 
+    processor: Any
+
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.heads = num_heads
@@ -80,7 +82,7 @@ class LongCatAttention(nn.Module, AttentionModuleMixin):
         self.q_norm = HeadRMSNorm(dim // num_heads)
         self.k_norm = HeadRMSNorm(dim // num_heads)
         self.proj = nn.Linear(dim, dim)
-        self.set_processor(AttentionBackend())
+        self.processor = AttentionBackend()
 
     def forward(self, states: Tensor, rotary: Rotary, num_clean_tokens: int = 0) -> Tensor:
         """Attend.
@@ -104,6 +106,8 @@ class LongCatAttention(nn.Module, AttentionModuleMixin):
 class LongCatCrossAttention(nn.Module, AttentionModuleMixin):
     """Attention of a clip's tokens to its text."""
 
+    processor: Any
+
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.heads = num_heads
@@ -112,7 +116,7 @@ class LongCatCrossAttention(nn.Module, AttentionModuleMixin):
         self.q_norm = HeadRMSNorm(dim // num_heads)
         self.k_norm = HeadRMSNorm(dim // num_heads)
         self.proj = nn.Linear(dim, dim)
-        self.set_processor(AttentionBackend())
+        self.processor = AttentionBackend()
 
     def forward(self, states: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
         """Attend from `[B, tokens, D]` to `[B, L, D]`; the mask `[B, L]` is True at tokens to see, None sees all."""
@@ -246,7 +250,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final, tokens, shift, scale))
 
 
-class LongCatVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class LongCatVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]  # config_name
     """The network: latents, timesteps and text to a velocity that points from noise to data, the opposite of ours.
 
     Args:
@@ -275,8 +279,8 @@ class LongCatVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["LongCatSingleStreamBlock"]  # noqa: RUF012
-    _repeated_blocks = ["LongCatSingleStreamBlock"]  # noqa: RUF012
+    _no_split_modules: Any = ["LongCatSingleStreamBlock"]  # noqa: RUF012
+    _repeated_blocks: Any = ["LongCatSingleStreamBlock"]  # noqa: RUF012
 
     config: Any
     _gradient_checkpointing_func: Any
@@ -305,7 +309,7 @@ class LongCatVideoTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         _check_config(hidden_size, num_heads, patch_size, enable_bsa=enable_bsa)
         _, rows, columns = patch_size
-        self.x_embedder = PatchEmbedder(in_channels, hidden_size, tuple(patch_size))
+        self.x_embedder = PatchEmbedder(in_channels, hidden_size, (1, rows, columns))
         self.t_embedder = TimestepEmbedder(adaln_tembed_dim, frequency_embedding_size)
         self.y_embedder = CaptionEmbedder(caption_channels, hidden_size)
         self.blocks = nn.ModuleList(
