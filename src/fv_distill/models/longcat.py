@@ -62,8 +62,8 @@ class LongCatVideoModel(ModelBase):
         given = conditioning.extras.get("first_frame_latent")
         if given is None:
             return self._velocity(x_t, sigma.float(), conditioning)
+        _check_given(given, x_t)
         clean, count = self.normalize_latents(given), given.shape[2]
-        _check_given(clean, x_t)
         sigma = sigma.float() if sigma.ndim == 2 else sigma.float()[:, None].expand(-1, x_t.shape[2])
         frames = torch.cat([clean.to(x_t.dtype), x_t[:, :, count:]], dim=2)
         levels = torch.cat([torch.zeros_like(sigma[:, :count]), sigma[:, count:]], dim=1)
@@ -111,11 +111,11 @@ class LongCatVideoModel(ModelBase):
             )
 
 
-def _check_given(clean: Tensor, x_t: Tensor) -> None:
+def _check_given(given: Tensor, x_t: Tensor) -> None:
     """Given frames must be a beginning of the clip, and leave something to generate."""
-    channels, count, *size = clean.shape[1:]
+    channels, count, *size = given.shape[1:]
     if [channels, *size] != [x_t.shape[1], *x_t.shape[3:]] or not 0 < count < x_t.shape[2]:
         raise ValueError(
-            f"first_frame_latent has shape {tuple(clean.shape[1:])} but the clip's latents {tuple(x_t.shape[1:])}; it "
+            f"first_frame_latent has shape {tuple(given.shape[1:])} but the clip's latents {tuple(x_t.shape[1:])}; it "
             "must be [C, k, H, W] of the same C, H and W, with fewer latent frames than the clip"
         )
