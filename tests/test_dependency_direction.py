@@ -56,12 +56,13 @@ PERMITTED = {
         "fv_distill.methods.options",
         "fv_distill.models.base",
         "fv_distill.models.conditioning",
+        "fv_distill.models.pipeline_index",
     },
     "callbacks": {"fv_distill.methods.base", "fv_distill.models.base", "fv_distill.models.conditioning"},
     "evaluation": {"fv_distill.callbacks.video_files"},
 }
 NO_CONCRETE_MODEL = {"data", "export", "evaluation"}
-MODEL_BASES = {"fv_distill.models.base", "fv_distill.models.conditioning", "fv_distill.models.pretrained"}
+MODEL_BASES = {f"fv_distill.models.{name}" for name in ("base", "conditioning", "pretrained", "pipeline_index")}
 FAMILIES = {"wan", "wan_causal", "hunyuan", "cosmos", "longcat", "matrixgame2", "matrixgame2_causal"}
 
 

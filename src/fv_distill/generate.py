@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 from .callbacks.video_files import check_video_path, write_video, write_video_stream
 from .console import console
 from .generation import VideoStreamer
+from .models.pipeline_index import pipeline_class
 from .models.pretrained import resolve_directory
 
 
@@ -76,7 +76,7 @@ def _timed(chunks: Iterator[np.ndarray], *, told: bool) -> Iterator[np.ndarray]:
 def _sample(directory: Path, call: dict[str, Any], args: argparse.Namespace) -> None:
     device = torch.device(args.device or torch.accelerator.current_accelerator() or "cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    pipeline: Any = DiffusionPipeline.from_pretrained(directory, dtype=dtype).to(device)
+    pipeline: Any = pipeline_class(directory).from_pretrained(directory, dtype=dtype).to(device)
     given = ("num_frames", "num_inference_steps", "height", "width", "guidance_scale")
     call = call | {key: value for key in given if (value := getattr(args, key)) is not None}
     torch.manual_seed(args.seed)  # a scheduler that noises afresh draws from the global generator

@@ -117,9 +117,8 @@ def test_without_actions_it_is_wan_reading_the_image_for_text():
     call = inputs(mouse_cond=None, keyboard_cond=None)
     image = call.pop("encoder_hidden_states_image")
     expected = wan(**{k: v for k, v in call.items() if v is not None}, encoder_hidden_states=image).sample
-    torch.testing.assert_close(
-        network(**inputs(mouse_cond=None, keyboard_cond=None)).sample, expected, atol=1e-5, rtol=0
-    )
+    actual = network(**inputs(mouse_cond=None, keyboard_cond=None)).sample
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     assert (network(**inputs()).sample - expected).abs().max() > 1e-3
 
 

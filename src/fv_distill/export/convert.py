@@ -12,6 +12,7 @@ from fv_distill.config.load import load_run_config
 from fv_distill.config.schema import ExportFormat
 from fv_distill.console import console
 from fv_distill.lora import LoraSpec
+from fv_distill.models.pipeline_index import own_pipeline
 from fv_distill.models.pretrained import parse_dtype, resolve_directory
 
 from .call_arguments import training_call_arguments
@@ -83,6 +84,7 @@ def convert(
         ),
         versions=metadata["versions"],
         hub_model_id=pipeline["hub_model_id"] if pipeline["push_to_hub"] else None,
+        pipeline=own_pipeline(resolve_directory(base_model)),
         training=training_record(metadata),
     )
     weights = load_role_weights(checkpoint, "ema" if averaged else role)

@@ -1,16 +1,15 @@
 """A trained LoRA for others: diffusers' own form, ComfyUI's with the original Wan's names, or merged."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
 
 from fv_distill.lora import LoraSpec
+from fv_distill.models.pipeline_index import component_class, network_folder, pipeline_class
 from fv_distill.models.pretrained import resolve_directory
 
 from .diffusers_dir import check_output, replaced_directory
@@ -107,9 +106,8 @@ def merge_lora(base_model: str, lora: LoraWeights) -> dict[str, Tensor]:
         ValueError: if the adapter doesn't fit the network.
     """
     base = resolve_directory(base_model)
-    class_name = json.loads((base / "model_index.json").read_text())[_COMPONENT][1]
-    kind = getattr(diffusers, class_name)
-    stored = kind.from_pretrained(base, subfolder=_COMPONENT, torch_dtype="auto")
+    kind = component_class(base, _COMPONENT)
+    stored = kind.from_pretrained(base, subfolder=network_folder(base), torch_dtype="auto")
     types = {name: value.dtype for name, value in stored.state_dict().items()}
     # Merged in float32: what an adapter adds is often smaller than half a unit of bf16.
     transformer: Any = stored.to(torch.float32)
@@ -142,8 +140,7 @@ def _peft_metadata(spec: LoraSpec) -> dict[str, Any]:
 
 
 def _pipeline_class(base: Path) -> Any:
-    name = json.loads((base / "model_index.json").read_text())["_class_name"]
-    kind = getattr(diffusers, name)
+    kind = pipeline_class(base)
     if not hasattr(kind, "save_lora_weights"):
-        raise ValueError(f"diffusers' {name} loads no LoRA; export with --format merged")
+        raise ValueError(f"{kind.__name__} loads no LoRA; export with --format merged")
     return kind

@@ -28,6 +28,8 @@ _CONFIG = {
     "local_attn_size": "local_attn_size",
     "sink_size": "sink_size",
 }
+# Of causal networks only.
+_OPTIONAL = ("local_attn_size", "sink_size")
 
 
 def convert_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -65,9 +67,7 @@ def network_config(published: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if it is no Matrix-Game 2's.
     """
-    missing = [
-        name for name in ("dim", *_CONFIG) if name not in published and name not in ("local_attn_size", "sink_size")
-    ]
+    missing = [name for name in ("dim", *_CONFIG) if name not in published and name not in _OPTIONAL]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}; a published Matrix-Game 2's config.json has them")
     if published["dim"] % published["num_heads"]:

@@ -5,6 +5,7 @@ import json
 from .student_info import StudentInfo, public_name
 
 _PROMPT = "a cat walks through snow"
+_PIPELINE = "DiffusionPipeline"
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 
@@ -28,8 +29,7 @@ def sampling_snippet(info: StudentInfo, *, name: str) -> str:
     return "\n".join(
         [
             "import torch",
-            f"from diffusers import {', '.join(['DiffusionPipeline', *scheduler])}",
-            "from diffusers.utils import export_to_gif",
+            *_imports(info, scheduler),
             "",
             'device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)',
             *_loading(info, name, scheduler),
@@ -43,11 +43,23 @@ def sampling_snippet(info: StudentInfo, *, name: str) -> str:
     )
 
 
+def _imports(info: StudentInfo, scheduler: list[str]) -> list[str]:
+    names = scheduler if info.pipeline else [_PIPELINE, *scheduler]
+    own = f"from {info.pipeline.rpartition('.')[0]} import {_pipeline_name(info)}" if info.pipeline else ""
+    lines = [f"from diffusers import {', '.join(names)}" if names else "", "from diffusers.utils import export_to_gif"]
+    return [line for line in (*lines, own) if line]
+
+
+def _pipeline_name(info: StudentInfo) -> str:
+    return info.pipeline.rpartition(".")[2] if info.pipeline else _PIPELINE
+
+
 def _loading(info: StudentInfo, name: str, scheduler: list[str]) -> list[str]:
+    pipeline = _pipeline_name(info)
     if info.lora_weights is None:
-        return [f"pipe = DiffusionPipeline.from_pretrained({_quoted(name)}, dtype=dtype).to(device)"]
+        return [f"pipe = {pipeline}.from_pretrained({_quoted(name)}, dtype=dtype).to(device)"]
     return [
-        f"pipe = DiffusionPipeline.from_pretrained({_quoted(public_name(info.base_model))}, dtype=dtype).to(device)",
+        f"pipe = {pipeline}.from_pretrained({_quoted(public_name(info.base_model))}, dtype=dtype).to(device)",
         f"pipe.load_lora_weights({_quoted(name)}, weight_name={_quoted(info.lora_weights)})",
         *(f'pipe.scheduler = {kind}.from_pretrained({_quoted(name)}, subfolder="scheduler")' for kind in scheduler),
     ]

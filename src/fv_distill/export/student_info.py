@@ -26,6 +26,7 @@ class StudentInfo:
         training: what the run was like, in the card's order; see `fv_distill.export.run_record.training_record`.
         lora_weights: the file name of a LoRA that is loaded onto the base model; None for whole weights.
         lora: that adapter's rank, alpha, target modules and kind.
+        pipeline: dotted path of the pipeline's class if it is this library's; None is diffusers'.
     """
 
     base_model: str
@@ -41,6 +42,7 @@ class StudentInfo:
     training: dict[str, Any] = field(default_factory=dict)
     lora_weights: str | None = None
     lora: dict[str, Any] | None = None
+    pipeline: str | None = None
 
     @property
     def pipeline_call(self) -> dict[str, Any]:

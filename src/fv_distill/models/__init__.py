@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = attach(
         "base": ["CausalModelBase", "ModelBase"],
         "conditioning": ["Conditioning", "PreparedBatch", "UncondPolicy", "unconditional"],
         "kv_cache": ["KVCache"],
+        "longcat": ["LongCatVideoModel"],
         "matrixgame2": ["MatrixGame2Model"],
         "matrixgame2_causal": ["CausalMatrixGame2Model"],
         "wan": ["WanModel"],

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .pipeline_index import is_pipeline_directory, network_folder
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,7 +39,7 @@ def resolve_directory(init_from: str | Path, *, name: str = "init_from") -> Path
     """
     path = Path(init_from).expanduser()
     if path.is_dir():
-        if not (path / "model_index.json").is_file():
+        if not is_pipeline_directory(path):
             raise FileNotFoundError(f"{name}={str(init_from)!r} has no model_index.json; give a diffusers directory")
         return path
     hub_id = str(init_from)
@@ -95,7 +97,7 @@ def load_network(
     weights: str | None,
     gradient_checkpointing: bool,
     attention_backend: str | None,
-    subfolder: str = "transformer",
+    component: str = "transformer",
 ) -> nn.Module:
     """A directory's network; errors as in `ModelBase.from_pretrained`.
 
@@ -109,8 +111,9 @@ def load_network(
         weights: see `ModelBase.from_pretrained`.
         gradient_checkpointing: see `ModelBase.from_pretrained`.
         attention_backend: see `ModelBase.from_pretrained`.
-        subfolder: where in the directory it is.
+        component: the pipeline's name for it.
     """
+    subfolder = network_folder(directory, component)
     is_meta = torch.get_default_device().type == "meta"
     transformer: Any = (
         _without_weights(network_class, directory, subfolder, parse_dtype(dtype))

@@ -23,6 +23,7 @@ from fv_distill.data.schema import REQUIRED_TENSORS, SCALARS, write_rows
 from fv_distill.methods.options import OPTIONS_BY_TARGET, TrajectoryOptions
 from fv_distill.models.base import ModelBase
 from fv_distill.models.conditioning import UncondPolicy, unconditional
+from fv_distill.models.pipeline_index import network_folder
 from fv_distill.rng import generator_for
 from fv_distill.rollouts.ode import STATES, TIMESTEPS, ode_trajectory, trajectory_sigmas
 
@@ -193,7 +194,8 @@ def trajectory_options(config: RunConfig) -> TrajectoryOptions | None:
 
 def _fingerprint(init_from: str) -> str | None:
     """A hash of the transformer's files in a local directory; None for a Hub id, which names its weights itself."""
-    folder = Path(init_from).expanduser() / "transformer"
+    directory = Path(init_from).expanduser()
+    folder = directory / network_folder(directory)
     if not folder.is_dir():
         return None
     digest = hashlib.blake2b(digest_size=16)
