@@ -12,10 +12,7 @@ from .conditioning import Conditioning
 from .latent_checks import check_clip_shape
 from .matrixgame2_encoders import MatrixGame2Encoders
 from .pretrained import load_component_config
-from .transformers.matrixgame2 import MatrixGame2Transformer3DModel
-
-# Of the 36 input channels (the published configs' in_dim): the mask says which latent frames are given.
-_MASK_CHANNELS = 4
+from .transformers.matrixgame2 import MASK_CHANNELS, MatrixGame2Transformer3DModel, beside_first_frame
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _ACTION = ("t_qkv", "proj_mouse", "mouse_attn_q", "keyboard_attn_kv", "proj_keyboard")
@@ -58,10 +55,10 @@ class MatrixGame2Model(ModelBase):
     def check_network(cls, network_config: Any, directory: Path) -> None:
         """See `ModelBase.check_network`."""
         latents = network_config.out_channels
-        if network_config.in_channels != 2 * latents + _MASK_CHANNELS:
+        if network_config.in_channels != 2 * latents + MASK_CHANNELS:
             raise ValueError(
                 f"{directory} has a network of {network_config.in_channels} input channels, which are not {latents} "
-                f"noisy ones, a mask of {_MASK_CHANNELS} and {latents} of the first frame"
+                f"noisy ones, a mask of {MASK_CHANNELS} and {latents} of the first frame"
             )
 
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
@@ -91,29 +88,8 @@ class MatrixGame2Model(ModelBase):
         return velocity.float()
 
     def beside_first_frame(self, x_t: Tensor, conditioning: Conditioning, *, start_frame: int = 0) -> Tensor:
-        """Latents, the mask of given frames and the first frame's latents, `[B, 2 C + 4, T, H, W]`.
-
-        Args:
-            x_t: `[B, C, T, H, W]`.
-            conditioning: of the batch.
-            start_frame: where `x_t` begins in the clip.
-
-        Raises:
-            ValueError: if the first frame's latents end before `x_t` does.
-        """
-        batch, _, frames, height, width = x_t.shape
-        mask = x_t.new_zeros(batch, _MASK_CHANNELS, frames, height, width)
-        given = conditioning.extras.get("first_frame_latent")
-        if given is None:
-            return torch.cat([x_t, mask, torch.zeros_like(x_t)], dim=1)
-        if given.shape[2] < start_frame + frames:
-            raise ValueError(
-                f"first_frame_latent has {given.shape[2]} latent frames, but the clip goes on to frame "
-                f"{start_frame + frames}; encode a first frame of the clip's length"
-            )
-        if start_frame == 0:
-            mask[:, :, 0] = 1
-        return torch.cat([x_t, mask, given[:, :, start_frame : start_frame + frames].to(x_t.dtype)], dim=1)
+        """The network's input for latents `[B, C, T, H, W]` that begin at `start_frame` of the clip."""
+        return beside_first_frame(x_t, conditioning.extras.get("first_frame_latent"), start_frame=start_frame)
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """`(latents - mean) / std` with the VAE's per-channel statistics, fp32."""

@@ -49,32 +49,44 @@ class MatrixGame2Encoders(Encoders):
 
     @torch.no_grad()
     def encode_images(self, video: Tensor) -> dict[str, Tensor]:
-        """See `Encoders.encode_images`: what the first frame says, for a clip as long as the video.
-
-        `first_frame_latent` holds normalised latents, as the network reads them and as FastVideo's rows have them.
-        """
-        first = video[:, :, :1]
-        pixels = torch.cat([2 * first - 1, torch.zeros_like(video[:, :, 1:])], dim=2)
-        config = self.vae.config
-        mean, std = (
-            torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        return {
-            "first_frame_latent": (self._encode(pixels) - mean) / std,
-            "clip_feature": self._look(first[:, :, 0]),
-        }
+        """See `Encoders.encode_images`: what the first frame says, for a clip as long as the video."""
+        return first_frame_conditions(self.vae, self.image_encoder, video.to(self.device))
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        return self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode().float()
+        return encode_pixels(self.vae, pixels.to(self.device))
 
-    def _look(self, images: Tensor) -> Tensor:
-        """CLIP's tokens before its last layer of images `[B, 3, H, W]` in [0, 1], fp32.
 
-        The published code squeezes an image into CLIP's square, where diffusers' Wan pipeline crops it.
-        """
-        size = self.image_encoder.config.image_size
-        small = interpolate(images.to(self.device).float(), (size, size), mode="bicubic", align_corners=False)
-        mean, std = (torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (_CLIP_MEAN, _CLIP_STD))
-        scaled = ((small - mean) / std).to(self.image_encoder.dtype)
-        return self.image_encoder(scaled, output_hidden_states=True).hidden_states[-2].float()
+@torch.no_grad()
+def first_frame_conditions(vae: Any, image_encoder: Any, video: Tensor) -> dict[str, Tensor]:
+    """What the network reads of a first frame, by data column.
+
+    Args:
+        vae: an `AutoencoderKLWan`.
+        image_encoder: a `CLIPVisionModel`.
+        video: `[B, 3, F, H, W]` in [0, 1]; only the first frame is looked at.
+
+    Returns:
+        `first_frame_latent` `[B, C, T, h, w]`, *normalised*, as the network reads it and FastVideo's rows have it: of
+        the first frame and grey after it. `clip_feature` `[B, N, D]`: CLIP's tokens before its last layer. The
+        published code squeezes an image into CLIP's square, where diffusers' Wan pipeline crops it.
+    """
+    first = video[:, :, :1]
+    raw = encode_pixels(vae, torch.cat([2 * first - 1, torch.zeros_like(video[:, :, 1:])], dim=2))
+    mean, std = latent_statistics(vae, raw.device)
+    size = image_encoder.config.image_size
+    small = interpolate(first[:, :, 0].float(), (size, size), mode="bicubic", align_corners=False)
+    clip_mean, clip_std = (torch.tensor(of, device=small.device).view(1, 3, 1, 1) for of in (_CLIP_MEAN, _CLIP_STD))
+    pixels = ((small - clip_mean) / clip_std).to(image_encoder.dtype)
+    tokens = image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
+    return {"first_frame_latent": (raw - mean) / std, "clip_feature": tokens.float()}
+
+
+def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
+    """Raw latents, fp32, of pixels in [-1, 1]: the mode."""
+    return vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float()
+
+
+def latent_statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The VAE's mean and deviation of each channel, `[1, C, 1, 1, 1]`."""
+    mean, std = (torch.tensor(vae.config[f"latents_{name}"], device=device) for name in ("mean", "std"))
+    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)

@@ -26,6 +26,9 @@ from .cached_attention import attend_context, attend_frames
 from .matrixgame2_action import ActionConfig, ActionModule, Actions, Context
 from .rotary import Rotary, clip_table
 
+# Of the 36 input channels (the published configs' in_dim): the mask says which latent frames are given.
+MASK_CHANNELS = 4
+
 
 @dataclass(frozen=True)
 class BlockContext:
@@ -349,6 +352,33 @@ class MatrixGame2Transformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin): 
         output = self.proj_out((self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens))
         patches = output.unflatten(3, (*self.config.patch_size[1:], -1)).unflatten(2, (rows, columns))
         return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+
+def beside_first_frame(latents: Tensor, first_frame: Tensor | None, *, start_frame: int = 0) -> Tensor:
+    """The network's input: latents, a mask of given frames and the first frame's latents, `[B, 2 C + 4, T, H, W]`.
+
+    Args:
+        latents: `[B, C, T, H, W]`.
+        first_frame: normalised latents of a video that is the first frame and then grey, from the clip's beginning;
+            None says that no frame is given.
+        start_frame: where `latents` begin in the clip.
+
+    Raises:
+        ValueError: if the first frame's latents end before `latents` do.
+    """
+    batch, _, frames, height, width = latents.shape
+    mask = latents.new_zeros(batch, MASK_CHANNELS, frames, height, width)
+    if first_frame is None:
+        return torch.cat([latents, mask, torch.zeros_like(latents)], dim=1)
+    end = start_frame + frames
+    if first_frame.shape[2] < end:
+        raise ValueError(
+            f"first_frame_latent has {first_frame.shape[2]} latent frames, but the clip goes on to frame {end}; encode "
+            "a first frame of the clip's length"
+        )
+    if start_frame == 0:
+        mask[:, :, 0] = 1
+    return torch.cat([latents, mask, first_frame[:, :, start_frame:end].to(latents.dtype)], dim=1)
 
 
 def _action_caches(cache: ActionKVCache, layer: int, actions: Actions) -> tuple[tuple[KVCache | None, int], ...]:
