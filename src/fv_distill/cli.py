@@ -79,7 +79,7 @@ def export(words: Sequence[str]) -> None:
         "--format",
         choices=["diffusers", "lora", "comfyui", "merged", "original"],
         help="a complete diffusers directory; an adapter for load_lora_weights; the same as one file for ComfyUI; an "
-        "adapter merged into a complete directory; the complete network as one file in the original Wan's names "
+        "adapter merged into a complete directory; the complete network as one file in its family's published names "
         "(default: lora for a student trained as one, unless it streams, else diffusers)",
     )
     parser.add_argument("--merge", dest="format", action="store_const", const="merged", help="--format merged")
@@ -174,7 +174,14 @@ def generate(words: Sequence[str]) -> None:
     """Make a video with a model: chunk by chunk with a causal student, else with its diffusers pipeline."""
     parser = argparse.ArgumentParser(prog="fv-distill generate", description=generate.__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, metavar="DIR", help="an export, a diffusers directory or a Hub id")
-    parser.add_argument("--prompt", required=True, help="what to show")
+    parser.add_argument("--prompt", help="what to show; required by models that read text")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for models that go on from one")
+    parser.add_argument(
+        "--actions",
+        type=Path,
+        metavar="FILE",
+        help=".npz or .json with `keyboard` [F, K] and `mouse` [F, 2], a row for each frame of the video",
+    )
     parser.add_argument("--output", type=Path, default=Path("out.mp4"), metavar="FILE", help=".mp4 (default) or .gif")
     parser.add_argument("--stream", action="store_true", help="print each chunk's latency; causal students only")
     parser.add_argument("--num-frames", type=int, metavar="N", help="default: as long as the training clips")

@@ -1,6 +1,7 @@
 """What `fv-distill generate` does once its words are read."""
 
 import argparse
+import inspect
 import json
 import time
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .callbacks.video_files import check_video_path, write_video, write_video_stream
+from .callbacks.video_files import check_video_path, load_first_frame, write_video, write_video_stream
 from .console import console
+from .data.action_files import read_action_file
 from .generation import VideoStreamer
 from .models.pipeline_index import pipeline_class
 from .models.pretrained import resolve_directory
@@ -44,14 +46,29 @@ def _stream(directory: Path, args: argparse.Namespace) -> None:
     streamer = VideoStreamer.from_pretrained(
         directory, device=args.device, num_inference_steps=args.num_inference_steps
     )
-    # Encoded before the clock starts: the text encoder's loading is no part of a chunk's latency.
-    streamer.model.prompt_conditioning(args.prompt)
-    guidance_scale = streamer.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    if guidance_scale != 1:
-        streamer.model.prompt_conditioning(args.negative_prompt)
+    if streamer.model.reads_text:
+        _check_prompt(args.prompt)
+        # Encoded before the clock starts: the text encoder's loading is no part of a chunk's latency.
+        streamer.model.prompt_conditioning(args.prompt)
+        guidance_scale = streamer.guidance_scale if args.guidance_scale is None else args.guidance_scale
+        if guidance_scale != 1:
+            streamer.model.prompt_conditioning(args.negative_prompt)
     given = ("num_frames", "seed", "height", "width", "guidance_scale", "negative_prompt")
-    chunks = streamer.stream(args.prompt, **{name: getattr(args, name) for name in given})
+    options: dict[str, Any] = {name: getattr(args, name) for name in given}
+    if args.image is not None:
+        (_, _, rows, columns), _ = streamer.plan(height=args.height, width=args.width)
+        factor = streamer.spatial_factor
+        pixels = np.asarray(load_first_frame(args.image, columns * factor, rows * factor))
+        options["image"] = torch.from_numpy(pixels / np.float32(255)).permute(2, 0, 1)
+    if args.actions is not None:
+        options["actions"] = read_action_file(args.actions)
+    chunks = streamer.stream(args.prompt or "", **options)
     write_video_stream(args.output, _timed(chunks, told=args.stream), fps=args.fps)
+
+
+def _check_prompt(prompt: str | None) -> None:
+    if prompt is None:
+        raise ValueError("the model makes videos of a text; give --prompt")
 
 
 def _timed(chunks: Iterator[np.ndarray], *, told: bool) -> Iterator[np.ndarray]:
@@ -82,10 +99,35 @@ def _sample(directory: Path, call: dict[str, Any], args: argparse.Namespace) -> 
     torch.manual_seed(args.seed)  # a scheduler that noises afresh draws from the global generator
     if args.negative_prompt:
         call["negative_prompt"] = args.negative_prompt
+    call |= _inputs(type(pipeline), args, call)
     start = time.perf_counter()
-    frames = pipeline(args.prompt, generator=torch.Generator().manual_seed(args.seed), output_type="np", **call).frames[
-        0
-    ]
+    frames = pipeline(generator=torch.Generator().manual_seed(args.seed), output_type="np", **call).frames[0]
     seconds = time.perf_counter() - start
     write_video(args.output, (frames.clip(0, 1) * 255).round().astype(np.uint8), fps=args.fps)
     console.print(f"{len(frames)} frames, {len(frames) / seconds:.1f} frames/s, all at once", highlight=False)
+
+
+def _inputs(pipeline_class: Any, args: argparse.Namespace, call: dict[str, Any]) -> dict[str, Any]:
+    """What the video shall show, by the names of the pipeline's arguments.
+
+    Raises:
+        ValueError: for what the pipeline needs and is not given, or is given and can't take.
+    """
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    given: dict[str, Any] = {}
+    if "prompt" in parameters:
+        _check_prompt(args.prompt)
+        given["prompt"] = args.prompt
+    if args.image is not None:
+        if "image" not in parameters:
+            raise ValueError(f"--image {args.image}, but a {pipeline_class.__name__} takes none")
+        width, height = (call.get(key, parameters[key].default) for key in ("width", "height"))
+        given["image"] = load_first_frame(args.image, width, height)
+    elif "image" in parameters and parameters["image"].default is inspect.Parameter.empty:
+        raise ValueError(f"a {pipeline_class.__name__} makes videos of a first frame; give --image FILE")
+    if args.actions is not None:
+        actions = read_action_file(args.actions)
+        if unknown := [name for name in actions if name not in parameters]:
+            raise ValueError(f"--actions {args.actions}, but a {pipeline_class.__name__} takes no {unknown[0]}")
+        given |= actions
+    return given

@@ -109,10 +109,13 @@ def _metadata(info: StudentInfo, base: BaseCard, directory: Path) -> ModelCardDa
     )
 
 
+_FROM_IMAGES = ("ImageToVideo", "MatrixGame2")
+
+
 def _pipeline_tag(directory: Path) -> str:
     index = directory / "model_index.json"
     pipeline = json.loads(index.read_text()).get("_class_name", "") if index.is_file() else ""
-    return "image-to-video" if "ImageToVideo" in pipeline else "text-to-video"
+    return "image-to-video" if any(name in pipeline for name in _FROM_IMAGES) else "text-to-video"
 
 
 def _summary(info: StudentInfo, base: BaseCard) -> str:

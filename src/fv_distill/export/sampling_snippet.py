@@ -16,16 +16,19 @@ def sampling_snippet(info: StudentInfo, *, name: str) -> str:
             [
                 "from diffusers.utils import export_to_gif",
                 "from fv_distill.generation import VideoStreamer",
+                *([] if "prompt" in info.inputs else ["import torch"]),
                 "",
                 f"streamer = VideoStreamer.from_pretrained({_quoted(name)})",
-                f"chunks = streamer.stream({_quoted(_PROMPT)}, seed=0)",
+                *_prepared(info),
+                f"chunks = streamer.stream({_streamed(info)}, seed=0)",
                 "frames = [frame / 255 for chunk in chunks for frame in chunk]",
                 'export_to_gif(frames, "sample.gif")',
             ]
         )
     # The base model's scheduler doesn't visit the trained noise levels; a whole export has its own in its place.
     scheduler = [_SCHEDULER] if info.lora_weights is not None and info.sigmas is not None else []
-    call = {"prompt": _PROMPT, **info.pipeline_call}
+    prompt = {"prompt": _PROMPT} if "prompt" in info.inputs else {}
+    call = {**prompt, **info.pipeline_call}
     return "\n".join(
         [
             "import torch",
@@ -33,14 +36,34 @@ def sampling_snippet(info: StudentInfo, *, name: str) -> str:
             "",
             'device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)',
             *_loading(info, name, scheduler),
+            *_prepared(info),
             "torch.manual_seed(0)",
             "result = pipe(",
+            *(f"    {name}={name}," for name in info.inputs if name not in prompt),
             *(f"    {key}={_quoted(value) if isinstance(value, str) else repr(value)}," for key, value in call.items()),
             '    output_type="pil",',
             ")",
             'export_to_gif(result.frames[0], "sample.gif")',
         ]
     )
+
+
+def _streamed(info: StudentInfo) -> str:
+    if "prompt" in info.inputs:
+        return _quoted(_PROMPT)
+    actions = ", ".join(f"{_quoted(name)}: {name}" for name in info.inputs if name != "image")
+    return f"image=image, actions={{{actions}}}"
+
+
+def _prepared(info: StudentInfo) -> list[str]:
+    """Where there is no prompt: a grey first frame, and nothing that is done."""
+    if "prompt" in info.inputs:
+        return []
+    size = f"3, {info.call['height']}, {info.call['width']}"
+    actions = [
+        f"{name} = torch.zeros({', '.join(map(str, shape))})" for name, shape in info.inputs.items() if name != "image"
+    ]
+    return [f"image = torch.full(({size}), 0.5)  # a first frame, in [0, 1]", *actions]
 
 
 def _imports(info: StudentInfo, scheduler: list[str]) -> list[str]:

@@ -26,6 +26,8 @@ class StudentInfo:
         training: what the run was like, in the card's order; see `fv_distill.export.run_record.training_record`.
         lora_weights: the file name of a LoRA that is loaded onto the base model; None for whole weights.
         lora: that adapter's rank, alpha, target modules and kind.
+        inputs: what a clip is made from, "prompt" or "image" and actions by their data column, and the shape of each
+            action for the training clips, `[F, n]`.
         pipeline: dotted path of the pipeline's class if it is this library's; None is diffusers'.
     """
 
@@ -43,6 +45,7 @@ class StudentInfo:
     lora_weights: str | None = None
     lora: dict[str, Any] | None = None
     pipeline: str | None = None
+    inputs: dict[str, list[int]] = field(default_factory=lambda: {"prompt": []})
 
     @property
     def pipeline_call(self) -> dict[str, Any]:

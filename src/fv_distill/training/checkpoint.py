@@ -257,6 +257,7 @@ class CheckpointManager:
         few_step = None
         if sigmas is not None:
             few_step = {"sigmas": list(sigmas), "sample_type": trainer.method.sample_type, "guidance_scale": 1.0}
+        student = trainer.models.get("student")
         return {
             "format": CHECKPOINT_FORMAT,
             "step": trainer.step,
@@ -272,6 +273,7 @@ class CheckpointManager:
             "few_step": few_step,
             "causal": self._streaming(),
             "latent_shape": list(trainer.latent_shape),
+            "conditions": {} if student is None else student.condition_shapes(trainer.latent_shape),
             "callbacks": trainer.callbacks.state_dict(),
             "sigma_losses": trainer.log.sigma_losses.state_dict(),
             "versions": package_versions(),
