@@ -170,6 +170,37 @@ def convert_wan(words: Sequence[str]) -> None:
     console.print(f"converted {args.input} to {args.output}", highlight=False, markup=False, soft_wrap=True)
 
 
+def convert_matrixgame2(words: Sequence[str]) -> None:
+    """Turn published Matrix-Game 2 weights into a directory that fv_distill trains, streams and samples."""
+    parser = argparse.ArgumentParser(
+        prog="fv-distill convert-matrixgame2", description=convert_matrixgame2.__doc__, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--input", required=True, metavar="PATH", help="a .safetensors file of Skywork/Matrix-Game-2.0, or its folder"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", type=Path, help="the directory to write")
+    parser.add_argument(
+        "--base-model",
+        required=True,
+        metavar="MODEL",
+        help="whose VAE and image encoder are taken: Wan-AI/Wan2.1-I2V-14B-480P-Diffusers or its directory",
+    )
+    parser.add_argument("--config", metavar="FILE", help="the published config.json (default: beside the weights)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the weights' own)")
+    parser.add_argument(
+        "--sigmas", type=float, nargs="+", metavar="X", help="noise levels of a causal network (default: the published)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    args = parser.parse_args(words)
+    with exit_on_user_error(debug=args.debug):
+        from .export.convert_matrixgame2 import convert_matrixgame2_checkpoint
+
+        names = ("base_model", "config", "dtype", "sigmas", "overwrite")
+        convert_matrixgame2_checkpoint(args.input, args.output, **{name: getattr(args, name) for name in names})
+    console.print(f"converted {args.input} to {args.output}", highlight=False, markup=False, soft_wrap=True)
+
+
 def generate(words: Sequence[str]) -> None:
     """Make a video with a model: chunk by chunk with a causal student, else with its diffusers pipeline."""
     parser = argparse.ArgumentParser(prog="fv-distill generate", description=generate.__doc__, allow_abbrev=False)
@@ -319,6 +350,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "export": (export, "make a diffusers directory of a checkpoint"),
     "push": (push, "upload an export to the Hugging Face Hub"),
     "convert-wan": (convert_wan, "turn original Wan or Self-Forcing weights into a diffusers directory, or back"),
+    "convert-matrixgame2": (
+        convert_matrixgame2,
+        "make a directory of published Matrix-Game 2 weights",
+    ),
     "generate": (generate, "make a video with a model, streamed where it is causal"),
     "report": (report, "make one HTML page of a run"),
     "estimate": (estimate, "say what a run will take: memory, network calls, time"),

@@ -94,7 +94,8 @@ class VideoStreamer:
             local_window=causal["local_window"],
             sink_frames=causal["sink_frames"],
             dtype=dtype,
-            text_length=call["max_sequence_length"],
+            # A network without text has none.
+            **({"text_length": call["max_sequence_length"]} if "max_sequence_length" in call else {}),
         )
         model.transformer.to(device)
         if info["sigmas"] is not None and num_inference_steps not in (None, len(info["sigmas"])):

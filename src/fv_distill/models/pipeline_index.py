@@ -6,13 +6,14 @@ known here count as pipeline directories all the same.
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
+import torch
 
 import fv_distill.models.pipelines
 import fv_distill.models.transformers
@@ -77,6 +78,12 @@ def component_class(directory: Path, component: str) -> Any:
     if library.startswith(_OWN_NETWORKS) and name in own.__all__:
         return getattr(own, name)
     raise ValueError(f"{directory}: {component} is a {library}.{name}, which is not known here")
+
+
+def own_network(name: str, config: Mapping[str, Any]) -> Any:
+    """A network of this library, by its class and config, on the meta device."""
+    with torch.device("meta"):
+        return getattr(fv_distill.models.transformers, name).from_config(config)
 
 
 def pipeline_class(directory: Path) -> Any:

@@ -1,7 +1,7 @@
 """Reading diffusers directories: where a model is, what its configs say, and replacing its weights."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     return DTYPES[name]
 
 
-def resolve_directory(init_from: str | Path, *, name: str = "init_from") -> Path:
+def resolve_directory(init_from: str | Path, *, name: str = "init_from", patterns: Sequence[str] | None = None) -> Path:
     """The local directory of a diffusers pipeline; a Hub id is downloaded (or found in the cache).
 
     Args:
         init_from: the directory or Hub id.
         name: what messages call it.
+        patterns: the files of a Hub repository that are needed; None for all.
 
     Raises:
         FileNotFoundError: if it is neither, saying what was tried.
@@ -49,7 +50,7 @@ def resolve_directory(init_from: str | Path, *, name: str = "init_from") -> Path
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id))
+        return Path(snapshot_download(hub_id, allow_patterns=None if patterns is None else list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{name}={hub_id!r} is no local directory and could not be had from the Hub ({type(error).__name__}); "

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.loaders import Mochi1LoraLoaderMixin
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
@@ -18,7 +19,7 @@ from fv_distill.models.transformers.matrixgame2 import MatrixGame2Transformer3DM
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-class MatrixGame2Pipeline(DiffusionPipeline):
+class MatrixGame2Pipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):  # the mixin is the plainest for one network
     """Samples the foundation model, its fine-tunes and few-step students; see `__call__`."""
 
     model_cpu_offload_seq = "image_encoder->transformer->vae"
