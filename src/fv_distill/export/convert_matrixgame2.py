@@ -128,7 +128,7 @@ def streaming_info(
     return StudentInfo(
         base_model=base_model,
         method="converted by fv-distill convert-matrixgame2",
-        sigmas=few_step_sigmas(steps, flow_shift=FLOW_SHIFT) if sigmas is None else tuple(sigmas),
+        sigmas=few_step_sigmas(steps, flow_shift=FLOW_SHIFT, warp=True) if sigmas is None else tuple(sigmas),
         sample_type="sde",
         causal={
             "adapter": "fv_distill.models.matrixgame2_causal.CausalMatrixGame2Model",

@@ -16,12 +16,13 @@ def sampling_snippet(info: StudentInfo, *, name: str) -> str:
             [
                 "from diffusers.utils import export_to_gif",
                 "from fv_distill.generation import VideoStreamer",
+                "from PIL import Image",
                 *([] if "prompt" in info.inputs else ["import torch"]),
                 "",
                 f"streamer = VideoStreamer.from_pretrained({_quoted(name)})",
                 *_prepared(info),
                 f"chunks = streamer.stream({_streamed(info)}, seed=0)",
-                "frames = [frame / 255 for chunk in chunks for frame in chunk]",
+                "frames = [Image.fromarray(frame) for chunk in chunks for frame in chunk]",
                 'export_to_gif(frames, "sample.gif")',
             ]
         )
