@@ -18,7 +18,7 @@ from fv_distill.estimate.layout import Layout, read_layout
 from fv_distill.estimate.parameters import trained_parameters
 from fv_distill.estimate.published import config_directory
 from fv_distill.estimate.report import as_json, print_estimate
-from fv_distill.estimate.text_encoder import measure_text_encoder
+from fv_distill.estimate.text_encoder import NO_TEXT_ENCODER, measure_text_encoder
 from fv_distill.hardware import peak_flops
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.methods.options import TrajectoryOptions
@@ -99,7 +99,7 @@ def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:
         with torch.device("meta"):
             models = build_models(local)
         student = models["student"]
-        encoder = measure_text_encoder(student.directory)
+        encoder = measure_text_encoder(student.directory) if student.reads_text else NO_TEXT_ENCODER
         text = (config.training.data.text_length, encoder.width)
         for model in models.values():
             _read_no_prompts(model, text)
@@ -111,7 +111,14 @@ def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:
             method,
             _optimizers(method, config),
             layout=layout,
-            clip=Clip(data.train_batch_size, loop.gradient_accumulation_steps, shape, text, _trajectories(config)),
+            clip=Clip(
+                data.train_batch_size,
+                loop.gradient_accumulation_steps,
+                shape,
+                text,
+                _trajectories(config),
+                student.condition_shapes(shape),
+            ),
             device=device,
             has_average="ema" in config.callbacks,
             text_encoder_bytes=encoder.parameters * student.dtype.itemsize,
