@@ -17,6 +17,7 @@ from fv_distill.export.student_info import read_info
 from fv_distill.generation import VideoStreamer
 from fv_distill.models import CausalMatrixGame2Model, MatrixGame2Model
 from fv_distill.models.pipelines import MatrixGame2Pipeline
+from fv_distill.training import run_training_from_config
 
 CONFIGS = {
     "finetune": tiny_runs.finetune_config,
@@ -78,6 +79,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, model, rows, tmp_path):
     ours, theirs = (tiny_runs.groups(tiny_runs.checkpoint(out, 2)) for out in (whole, parts))
     for group in ours:
         tiny_runs.assert_same_tensors(ours[group], theirs[group])
+
+
+@pytest.mark.parametrize("name", ["dmd2", "self_forcing"])
+def test_a_dry_run_estimates_it(name, model, rows, tmp_path, capsys):
+    path = tiny_runs.write_config(run_config(name, model, rows, tmp_path / "run"), tmp_path / "run.yaml")
+    run_training_from_config(path, dry_run=True)
+    text = capsys.readouterr().out
+    assert "network calls of the average step" in text and "nothing was trained" in text
+    assert ("KV cache" in text) == (name == "self_forcing")
 
 
 @pytest.fixture(scope="module")
