@@ -221,10 +221,26 @@ def test_a_reset_cache_serves_another_clip(directory):
         return model.predict_velocity_streaming(x_t[:, :, 2:], SIGMA, given, cache=cache, start_frame=2)
 
     first = second_chunk()
+    assert [part.num_frames for part in cache.parts] == [2, 2, 2]
     cache.reset()
+    assert [part.num_frames for part in cache.parts] == [0, 0, 0]
     with pytest.raises(ValueError, match="no complete history"):
         model.predict_velocity_streaming(x_t[:, :, 2:], SIGMA, given, cache=cache, start_frame=2)
     torch.testing.assert_close(second_chunk(), first, atol=0, rtol=0)
+
+
+def test_another_image_drops_the_keys_kept_of_the_last_one(directory):
+    model, x_t, given = causal(directory), draw(3, 2, CHANNELS, 4, 4, 4), conditioning(4)
+    other = conditioning(4, clip_feature=draw(9, 2, IMAGE_TOKENS, IMAGE_DIM))
+    cache = model.new_cache(2, x_t.shape[1:])
+    with torch.no_grad():
+        model.predict_velocity_streaming(
+            x_t[:, :, :2], torch.zeros(2), given, cache=cache, start_frame=0, store_kv=True
+        )
+        actual = model.predict_velocity_streaming(x_t[:, :, 2:], SIGMA, other, cache=cache, start_frame=2)
+    # With gradients nothing is kept.
+    expected = model.predict_velocity_streaming(x_t[:, :, 2:], SIGMA, other, cache=cache, start_frame=2)
+    torch.testing.assert_close(actual, expected.detach(), atol=1e-6, rtol=0)
 
 
 def test_chunks_beyond_the_first_frames_latents(directory):

@@ -85,14 +85,10 @@ class MatrixGame2Pipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):  # the mixi
         """
         self._check_size(height, width, num_frames)
         device = self._execution_device
-        pixels = self.video_processor.preprocess(image, height, width).to(device, torch.float32) / 2 + 0.5
-        seen = first_frame_conditions(
-            self.vae, self.image_encoder, pixels[:, :, None].expand(-1, -1, num_frames, -1, -1)
-        )
-        first_frame, tokens = seen["first_frame_latent"], seen["clip_feature"].to(self.transformer.dtype)
-        batch = pixels.shape[0]
-        actions = {"mouse_cond": _actions(mouse_cond, batch, device)}
-        actions["keyboard_cond"] = _actions(keyboard_cond, batch, device)
+        first_frame, tokens = self._look(image, height, width, num_frames, device)
+        batch = first_frame.shape[0]
+        given = {"mouse_cond": mouse_cond, "keyboard_cond": keyboard_cond}
+        actions = {name: _actions(value, batch, device) for name, value in given.items()}
         passes = [actions]
         if guidance_scale != 1:
             passes.append({name: None if of is None else torch.zeros_like(of) for name, of in actions.items()})
@@ -103,7 +99,7 @@ class MatrixGame2Pipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):  # the mixi
         for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             inputs = beside_first_frame(latents, first_frame).to(self.transformer.dtype)
             level = timestep.float().expand(batch)
-            velocity, *others = (self.transformer(inputs, level, tokens, **given).sample.float() for given in passes)
+            velocity, *others = (self.transformer(inputs, level, tokens, **done).sample.float() for done in passes)
             if others:
                 velocity = others[0] + guidance_scale * (velocity - others[0])
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
@@ -111,6 +107,15 @@ class MatrixGame2Pipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):  # the mixi
                 latents = callback_on_step_end(self, step, timestep, {"latents": latents}).get("latents", latents)
         self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=self._decode(latents, output_type))
+
+    def _look(
+        self, image: Any, height: int, width: int, num_frames: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """The first frame's latents for the whole clip, and CLIP's tokens of it."""
+        pixels = self.video_processor.preprocess(image, height, width).to(device, torch.float32) / 2 + 0.5
+        video = pixels[:, :, None].expand(-1, -1, num_frames, -1, -1)
+        seen = first_frame_conditions(self.vae, self.image_encoder, video)
+        return seen["first_frame_latent"], seen["clip_feature"].to(self.transformer.dtype)
 
     def _set_timesteps(self, steps: int, device: torch.device) -> None:
         # A few-step student's scheduler reaches its levels by itself; see fv_distill.export.scheduler.
