@@ -5,6 +5,7 @@ Only `if TYPE_CHECKING:` blocks are left out: they name types and never run.
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +134,13 @@ def test_model_families_do_not_build_on_each_other(path):
     others = {name.split(".")[2] for name in read_imports(path) if name.startswith("fv_distill.models.")} & FAMILIES
     # A causal variant builds on its own family.
     assert others - {path.stem} <= {path.stem.removesuffix("_causal")}
+
+
+@pytest.mark.parametrize("part", ["rollouts", "methods", "training", "losses", "schedules"])
+def test_no_family_is_named_where_all_are_served(part):
+    family = re.compile(r"\bWan\b|Wan(?=[A-Z])|Hunyuan|Cosmos|LongCat|Matrix.?Game|Kandinsky|LTX")
+    found = [(path.name, line) for path in (PACKAGE / part).rglob("*.py") for line in family.findall(path.read_text())]
+    assert found == []
 
 
 def test_the_reader_sees_relative_late_and_conditional_imports_but_not_those_of_types():

@@ -14,7 +14,7 @@ from tiny_matrixgame2 import (
     make_directory,
 )
 
-from fv_distill.methods import DMD2Method
+from fv_distill.methods import DMD2Method, SelfForcingMethod
 from fv_distill.methods.options import CfgUncondOptions, DMD2Options
 from fv_distill.models import CausalMatrixGame2Model, Conditioning, MatrixGame2Model
 from fv_distill.models.action_cache import ActionKVCache
@@ -327,6 +327,12 @@ def test_dmd2s_unconditional_pass_is_as_the_policy_says(directory, monkeypatch, 
 def test_guidance_that_would_do_nothing_is_refused(directory):
     with pytest.raises(ValueError, match="both passes would be the same; set method.cfg_uncond.action"):
         dmd2(directory)
+
+
+def test_self_forcing_names_the_familys_causal_adapter(directory):
+    models = dmd2(directory, action="zero").models
+    with pytest.raises(ValueError, match=r"models.student._target_: fv_distill.models.CausalMatrixGame2Model$"):
+        SelfForcingMethod(models)
 
 
 def test_velocity_and_noise_convention(model):

@@ -518,3 +518,13 @@ class CausalModelBase(ModelBase):
                 f"start_frame={start_frame} is not the beginning of a chunk; give a multiple of "
                 f"chunk_size={self.chunk_size}"
             )
+
+
+def causal_adapters(model: ModelBase) -> str:
+    """What a config may name as `_target_` for chunks in the place of `model`: its family's adapter, else all."""
+    # The package lists its names without importing what is behind them.
+    import fv_distill.models
+
+    names = [name for name in fv_distill.models.__all__ if name.startswith("Causal") and name != "CausalModelBase"]
+    own = f"Causal{type(model).__name__}"
+    return " or ".join(f"fv_distill.models.{name}" for name in ([own] if own in names else names))

@@ -139,11 +139,11 @@ def latent_shape(config: RunConfig) -> tuple[int, int, int, int]:
     if data.latent_shape is not None:
         return data.latent_shape
     try:
-        row = ParquetDataset(data.data_path, on_bad_row=data.on_bad_row, cache_dir=data.cache_dir)[0]
+        row = ParquetDataset(data.data_path, required=(), on_bad_row=data.on_bad_row, cache_dir=data.cache_dir)[0]
     except FileNotFoundError as error:
         raise ValueError(
             f"the clips' shape is not known: training.data.data_path={data.data_path!r} is not there to look at; set "
-            "--training.data.latent_shape '[C, T, H, W]', for Wan 2.1 at 480p '[16, 21, 60, 104]'"
+            "--training.data.latent_shape '[C, T, H, W]', such as '[16, 21, 60, 104]'"
         ) from error
     if "vae_latent" in row:
         return tuple(row["vae_latent"].shape)
