@@ -15,7 +15,7 @@ from tiny_matrixgame2 import (
 )
 
 from fv_distill.methods import DMD2Method, SelfForcingMethod
-from fv_distill.methods.options import CfgUncondOptions, DMD2Options
+from fv_distill.methods.options import CfgUncondOptions, DMD2Options, SelfForcingOptions
 from fv_distill.models import CausalMatrixGame2Model, Conditioning, MatrixGame2Model
 from fv_distill.models.action_cache import ActionKVCache
 from fv_distill.models.conditioning import UncondPolicy, unconditional
@@ -332,7 +332,7 @@ def test_guidance_that_would_do_nothing_is_refused(directory):
 def test_self_forcing_names_the_familys_causal_adapter(directory):
     models = dmd2(directory, action="zero").models
     with pytest.raises(ValueError, match=r"models.student._target_: fv_distill.models.CausalMatrixGame2Model$"):
-        SelfForcingMethod(models)
+        SelfForcingMethod(models, SelfForcingOptions(real_score_guidance_scale=1.0))
 
 
 def test_velocity_and_noise_convention(model):
