@@ -46,8 +46,8 @@ def _stream(directory: Path, args: argparse.Namespace) -> None:
     streamer = VideoStreamer.from_pretrained(
         directory, device=args.device, num_inference_steps=args.num_inference_steps
     )
+    _check_prompt(args.prompt, is_read=streamer.model.reads_text)
     if streamer.model.reads_text:
-        _check_prompt(args.prompt)
         # Encoded before the clock starts: the text encoder's loading is no part of a chunk's latency.
         streamer.model.prompt_conditioning(args.prompt)
         guidance_scale = streamer.guidance_scale if args.guidance_scale is None else args.guidance_scale
@@ -66,9 +66,11 @@ def _stream(directory: Path, args: argparse.Namespace) -> None:
     write_video_stream(args.output, _timed(chunks, told=args.stream), fps=args.fps)
 
 
-def _check_prompt(prompt: str | None) -> None:
-    if prompt is None:
+def _check_prompt(prompt: str | None, *, is_read: bool) -> None:
+    if is_read and prompt is None:
         raise ValueError("the model makes videos of a text; give --prompt")
+    if prompt is not None and not is_read:
+        raise ValueError(f"--prompt {prompt!r}, but the model reads no text; leave it out")
 
 
 def _timed(chunks: Iterator[np.ndarray], *, told: bool) -> Iterator[np.ndarray]:
@@ -115,8 +117,8 @@ def _inputs(pipeline_class: Any, args: argparse.Namespace, call: dict[str, Any])
     """
     parameters = inspect.signature(pipeline_class.__call__).parameters
     given: dict[str, Any] = {}
+    _check_prompt(args.prompt, is_read="prompt" in parameters)
     if "prompt" in parameters:
-        _check_prompt(args.prompt)
         given["prompt"] = args.prompt
     if args.image is not None:
         if "image" not in parameters:

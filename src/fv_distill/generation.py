@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fv_distill.models
 from fv_distill.models.base import CausalModelBase
-from fv_distill.models.conditioning import Conditioning
+from fv_distill.models.conditioning import IMAGE_COLUMNS, Conditioning
 from fv_distill.models.kv_cache import KVCache
 from fv_distill.models.pretrained import load_component_config, resolve_directory
 from fv_distill.rng import generator_for
@@ -233,8 +233,10 @@ class VideoStreamer:
             num_frames: of the video; None is all frames of the latents.
 
         Raises:
-            ValueError: naming the column that is missing, or has another size than the network needs.
+            ValueError: naming the column that is missing, has another size than the network needs, or that it doesn't
+                read.
         """
+        self._check_reads(latent_shape, image=image is not None, actions=tuple(actions or ()))
         frames = 1 + (latent_shape[1] - 1) * self.frames_per_latent
         conditions: dict[str, Tensor] = {}
         if image is not None:
@@ -249,6 +251,15 @@ class VideoStreamer:
         shapes = {name: tuple(value.shape[1:]) for name, value in conditions.items()}
         self.model.check_conditions(shapes, latent_shape)
         return conditions
+
+    def _check_reads(self, latent_shape: Sequence[int], *, image: bool, actions: Sequence[str]) -> None:
+        """What is given and not read would look as if it had been."""
+        needed, name = self.model.condition_shapes(latent_shape), type(self.model).__name__
+        if image and not any(column in needed for column in IMAGE_COLUMNS):
+            raise ValueError(f"an image was given, but {name} goes on from none")
+        for column in actions:
+            if column not in needed:
+                raise ValueError(f"{column} was given, but this {name} reads {', '.join(needed) or 'text alone'}")
 
     def plan(
         self, *, num_frames: int | None = None, height: int | None = None, width: int | None = None

@@ -233,9 +233,28 @@ def test_generation_names_what_is_missing(causal_export, few_step, files, tmp_pa
     export = convert(few_step, tmp_path / "export")
     with pytest.raises(ValueError, match="a MatrixGame2Pipeline makes videos of a first frame; give --image"):
         generate(export, [], tmp_path / "out.gif")
+    for model in (export, causal_export):
+        with pytest.raises(ValueError, match="--prompt 'a cat', but the model reads no text"):
+            generate(model, files, tmp_path / "out.gif", "--prompt", "a cat")
     (tmp_path / "empty.json").write_text("{}")
     with pytest.raises(ValueError, match="holds neither `mouse` nor `keyboard`"):
         generate(export, [*files[:2], "--actions", str(tmp_path / "empty.json")], tmp_path / "out.gif")
+
+
+def test_models_of_text_take_no_image_and_no_actions(tiny_wan, tiny_rows, files, tmp_path):
+    config = tiny_runs.self_forcing_config(tiny_wan, tiny_rows, tmp_path / "run")
+    config["training"]["loop"]["max_train_steps"] = 1
+    export = convert(tiny_runs.checkpoint(tiny_runs.train(config), 1), tmp_path / "export")
+    for given, message in (
+        (files[:2], "an image was given, but CausalWanModel goes on from none"),
+        (files[2:], "mouse_cond was given, but this CausalWanModel reads text alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(export, given, tmp_path / "out.gif", "--prompt", "a digit")
+    with pytest.raises(ValueError, match="give --prompt"):
+        generate(export, [], tmp_path / "out.gif")
+    with pytest.raises(ValueError, match=r"--actions .*, but a WanPipeline takes no mouse_cond"):
+        generate(tiny_wan, files[2:], tmp_path / "out.gif", "--prompt", "a digit")
 
 
 @pytest.mark.parametrize(
