@@ -14,6 +14,7 @@ import torch
 from .callbacks.video_files import check_video_path, load_first_frame, write_video, write_video_stream
 from .console import console
 from .data.action_files import read_action_file
+from .export.call_arguments import needs_image, takes_image, takes_prompt
 from .generation import VideoStreamer
 from .models.pipeline_index import pipeline_class
 from .models.pretrained import resolve_directory
@@ -58,7 +59,7 @@ def _stream(directory: Path, args: argparse.Namespace) -> None:
     if args.image is not None:
         (_, _, rows, columns), _ = streamer.plan(height=args.height, width=args.width)
         factor = streamer.spatial_factor
-        pixels = np.asarray(load_first_frame(args.image, columns * factor, rows * factor))
+        pixels = np.asarray(_load_image(args.image, columns * factor, rows * factor))
         options["image"] = torch.from_numpy(pixels / np.float32(255)).permute(2, 0, 1)
     if args.actions is not None:
         options["actions"] = read_action_file(args.actions)
@@ -116,20 +117,33 @@ def _inputs(pipeline_class: Any, args: argparse.Namespace, call: dict[str, Any])
         ValueError: for what the pipeline needs and is not given, or is given and can't take.
     """
     parameters = inspect.signature(pipeline_class.__call__).parameters
-    given: dict[str, Any] = {}
-    _check_prompt(args.prompt, is_read="prompt" in parameters)
-    if "prompt" in parameters:
-        given["prompt"] = args.prompt
-    if args.image is not None:
-        if "image" not in parameters:
-            raise ValueError(f"--image {args.image}, but a {pipeline_class.__name__} takes none")
-        width, height = (call.get(key, parameters[key].default) for key in ("width", "height"))
-        given["image"] = load_first_frame(args.image, width, height)
-    elif "image" in parameters and parameters["image"].default is inspect.Parameter.empty:
-        raise ValueError(f"a {pipeline_class.__name__} makes videos of a first frame; give --image FILE")
+    reads_text = takes_prompt(pipeline_class)
+    _check_prompt(args.prompt, is_read=reads_text)
+    given = {"prompt": args.prompt} if reads_text else {}
+    given |= _image_argument(pipeline_class, call, args.image)
     if args.actions is not None:
         actions = read_action_file(args.actions)
         if unknown := [name for name in actions if name not in parameters]:
             raise ValueError(f"--actions {args.actions}, but a {pipeline_class.__name__} takes no {unknown[0]}")
         given |= actions
     return given
+
+
+def _image_argument(pipeline_class: Any, call: dict[str, Any], image: Path | None) -> dict[str, Any]:
+    """The first frame, in the size of the video, where the pipeline takes one."""
+    name = pipeline_class.__name__
+    if image is None:
+        if needs_image(pipeline_class):
+            raise ValueError(f"the model's {name} makes videos of a first frame; give --image FILE")
+        return {}
+    if not takes_image(pipeline_class):
+        raise ValueError(f"--image {image}, but the model's {name} makes videos of text alone")
+    defaults = inspect.signature(pipeline_class.__call__).parameters
+    width, height = (call.get(key, defaults[key].default) for key in ("width", "height"))
+    return {"image": _load_image(image, width, height)}
+
+
+def _load_image(image: Path, width: int, height: int) -> Any:
+    if not image.is_file():
+        raise FileNotFoundError(f"--image {image}: no such file")
+    return load_first_frame(image, width, height)

@@ -128,7 +128,7 @@ def test_published_variants_are_streamed_as_published(variant, window, steps, ac
     info = streaming_info(CONFIGS[variant], base_model="x/y", sigmas=None)
     assert info is not None and info.causal is not None and info.sigmas is not None
     assert (info.causal["local_window"], len(info.sigmas)) == (window, steps)
-    assert list(info.inputs) == ["image", *actions]
+    assert list(info.actions) == actions and info.needs_image and not info.reads_text
 
 
 def test_the_foundation_model_is_not_streamed():

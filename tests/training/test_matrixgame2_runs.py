@@ -127,7 +127,8 @@ def test_a_few_step_students_export_is_sampled(few_step, files, tmp_path, capsys
     assert index["_class_name"] == "MatrixGame2Pipeline"
     assert index["transformer"][1] == "MatrixGame2Transformer3DModel"
     info = read_info(export)
-    assert info.inputs == {"image": [], "mouse_cond": [NUM_FRAMES, 2], "keyboard_cond": [NUM_FRAMES, KEYS]}
+    assert info.actions == {"mouse_cond": [NUM_FRAMES, 2], "keyboard_cond": [NUM_FRAMES, KEYS]}
+    assert info.needs_image and not info.reads_text
     assert "max_sequence_length" not in info.call
     again = MatrixGame2Model.from_pretrained(str(export))
     written = load_file(export / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -142,7 +143,7 @@ def test_the_cards_snippet_runs(kind, request, tmp_path, monkeypatch):
     export = value if kind == "causal_export" else convert(value, tmp_path / "export")
     monkeypatch.chdir(tmp_path)
     code = sampling_snippet(read_info(export), name=str(export))
-    assert "image = torch.full((3, 32, 32), 0.5)" in (export / "README.md").read_text()
+    assert "keyboard_cond = torch.zeros(9, 3)" in (export / "README.md").read_text()
     exec(compile(code, "snippet", "exec"), {})
     assert (tmp_path / "sample.gif").is_file()
     assert "pipeline_tag: image-to-video" in (export / "README.md").read_text()
@@ -231,7 +232,7 @@ def test_generation_names_what_is_missing(causal_export, few_step, files, tmp_pa
     with pytest.raises(ValueError, match=r"guidance_scale=3, but CausalMatrixGame2Model reads no text"):
         streamed(causal_export, actions=actions(9), guidance_scale=3.0)
     export = convert(few_step, tmp_path / "export")
-    with pytest.raises(ValueError, match="a MatrixGame2Pipeline makes videos of a first frame; give --image"):
+    with pytest.raises(ValueError, match="the model's MatrixGame2Pipeline makes videos of a first frame; give --image"):
         generate(export, [], tmp_path / "out.gif")
     for model in (export, causal_export):
         with pytest.raises(ValueError, match="--prompt 'a cat', but the model reads no text"):

@@ -3,9 +3,10 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fv_distill.models.conditioning import ACTION_COLUMNS
-from fv_distill.models.pipeline_index import pipeline_class
+from fv_distill.models.pipeline_index import find_pipeline, read_index
 from fv_distill.models.pretrained import load_component_config
 
 
@@ -20,7 +21,7 @@ def training_call_arguments(directory: Path, latent_shape: Sequence[int], *, tex
     vae = load_component_config(directory, "vae")
     _, frames, height, width = latent_shape
     factor = vae["scale_factor_temporal"]
-    text = {"max_sequence_length": text_length} if "prompt" in pipeline_inputs(directory, {}) else {}
+    text = {"max_sequence_length": text_length} if takes_prompt(pipeline_of(directory)) else {}
     return {
         "height": height * vae["scale_factor_spatial"],
         "width": width * vae["scale_factor_spatial"],
@@ -30,15 +31,29 @@ def training_call_arguments(directory: Path, latent_shape: Sequence[int], *, tex
     }
 
 
-def pipeline_inputs(directory: Path, condition_shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """What a directory's pipeline makes clips from; see `StudentInfo.inputs`.
+def takes_prompt(pipeline_class: Any) -> bool:
+    """Whether a pipeline can be called with a text; one that nobody here knows is taken for such."""
+    return pipeline_class is None or "prompt" in inspect.signature(pipeline_class.__call__).parameters
 
-    Args:
-        directory: the pipeline directory.
-        condition_shapes: of the training clips, by data column.
-    """
-    parameters = inspect.signature(pipeline_class(directory).__call__).parameters
-    if "prompt" in parameters:
-        return {"prompt": []}
-    actions = {name: list(condition_shapes[name]) for name in ACTION_COLUMNS if name in condition_shapes}
-    return {"image": [], **{name: shape for name, shape in actions.items() if name in parameters}}
+
+def taken_actions(pipeline_class: Any, condition_shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """The actions that a pipeline is called with, by data column, and their shapes among those of the conditions."""
+    parameters = {} if pipeline_class is None else inspect.signature(pipeline_class.__call__).parameters
+    found = [name for name in ACTION_COLUMNS if name in parameters and name in condition_shapes]
+    return {name: list(condition_shapes[name]) for name in found}
+
+
+def needs_image(pipeline_class: Any) -> bool:
+    """Whether a pipeline can't be called without the first frame, `image`."""
+    parameter = inspect.signature(pipeline_class.__call__).parameters.get("image")
+    return parameter is not None and parameter.default is parameter.empty
+
+
+def takes_image(pipeline_class: Any) -> bool:
+    """Whether a pipeline can be called with a first frame, `image`."""
+    return "image" in inspect.signature(pipeline_class.__call__).parameters
+
+
+def pipeline_of(directory: Path, pipeline_config: Mapping[str, Any] | None = None) -> Any:
+    """The class that a directory names, or `pipeline_config` in its stead; None if it is not known here."""
+    return find_pipeline({**read_index(directory), **(pipeline_config or {})}["_class_name"])

@@ -138,7 +138,10 @@ def streaming_info(
             "context_noise": 0.0,
         },
         call=dict(_CALL),
-        inputs={"image": [], **actions},
+        needs_image=True,
+        pipeline="fv_distill.models.pipelines.MatrixGame2Pipeline",
+        reads_text=False,
+        actions=actions,
     )
 
 

@@ -26,9 +26,12 @@ class StudentInfo:
         training: what the run was like, in the card's order; see `fv_distill.export.run_record.training_record`.
         lora_weights: the file name of a LoRA that is loaded onto the base model; None for whole weights.
         lora: that adapter's rank, alpha, target modules and kind.
-        inputs: what a clip is made from, "prompt" or "image" and actions by their data column, and the shape of each
-            action for the training clips, `[F, n]`.
+        component: the pipeline's name of the network.
+        pipeline_config: what the export's `model_index.json` says otherwise than the base model's.
+        needs_image: whether its pipeline is called with the first frame.
         pipeline: dotted path of the pipeline's class if it is this library's; None is diffusers'.
+        reads_text: whether clips are made of a prompt.
+        actions: what is done in a clip, by the data column and argument: its shape for the training clips, `[F, n]`.
     """
 
     base_model: str
@@ -44,8 +47,12 @@ class StudentInfo:
     training: dict[str, Any] = field(default_factory=dict)
     lora_weights: str | None = None
     lora: dict[str, Any] | None = None
+    component: str = "transformer"
+    pipeline_config: dict[str, Any] = field(default_factory=dict)
+    needs_image: bool = False
     pipeline: str | None = None
-    inputs: dict[str, list[int]] = field(default_factory=lambda: {"prompt": []})
+    reads_text: bool = True
+    actions: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def pipeline_call(self) -> dict[str, Any]:

@@ -13,5 +13,6 @@ __getattr__, __dir__, __all__ = attach(
         "matrixgame2_causal": ["CausalMatrixGame2Model"],
         "wan": ["WanModel"],
         "wan_causal": ["CausalWanModel"],
+        "wan_image": ["WanImageToVideoModel"],
     },
 )

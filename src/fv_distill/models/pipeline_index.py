@@ -86,23 +86,29 @@ def own_network(name: str, config: Mapping[str, Any]) -> Any:
         return getattr(fv_distill.models.transformers, name).from_config(config)
 
 
-def pipeline_class(directory: Path) -> Any:
-    """The class of the pipeline.
+def pipeline_class(directory: Path, pipeline_config: Mapping[str, Any] | None = None) -> Any:
+    """The class of the pipeline, or the one that `pipeline_config` names in its stead.
 
     Raises:
         ValueError: if neither diffusers nor this library has it.
     """
-    name = read_index(directory)["_class_name"]
-    if hasattr(diffusers, name):
-        return getattr(diffusers, name)
-    if name in fv_distill.models.pipelines.__all__:
-        return getattr(fv_distill.models.pipelines, name)
+    name = {**read_index(directory), **(pipeline_config or {})}["_class_name"]
+    kind = find_pipeline(name)
+    if kind is not None:
+        return kind
     raise ValueError(f"{directory} is a {name}, which is no pipeline of diffusers {diffusers.__version__}")
 
 
-def own_pipeline(directory: Path) -> str | None:
+def find_pipeline(name: str) -> Any:
+    """The pipeline class of a name; None if neither diffusers nor this library has it."""
+    if name in fv_distill.models.pipelines.__all__:
+        return getattr(fv_distill.models.pipelines, name)
+    return getattr(diffusers, name, None)
+
+
+def own_pipeline(directory: Path, pipeline_config: Mapping[str, Any] | None = None) -> str | None:
     """The dotted path of the pipeline's class if it is this library's; None if diffusers has it."""
-    kind = pipeline_class(directory)
+    kind = pipeline_class(directory, pipeline_config)
     is_own = kind.__name__ in fv_distill.models.pipelines.__all__
     return f"{fv_distill.models.pipelines.__name__}.{kind.__name__}" if is_own else None
 

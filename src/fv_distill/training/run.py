@@ -256,6 +256,14 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
         )
     shapes = {name: tuple(value.shape) for name, value in row.items() if isinstance(value, Tensor)}
     student.check_conditions(shapes, latent_shape)
+    conditions = sorted(student.condition_shapes(latent_shape))
+    for role, model in method.models.items():
+        # The student prepares the batch for all of them.
+        if (own := sorted(model.condition_shapes(latent_shape))) != conditions:
+            raise ValueError(
+                f"models.{role} is conditioned on {', '.join(own) or 'text alone'}, but the student on "
+                f"{', '.join(conditions) or 'text alone'}; give both the same _target_"
+            )
     if config.pipeline.export_dir is not None:
         check_output(Path(config.pipeline.export_dir), student.directory, overwrite=True)
     # A causal student streams without a scheduler.
