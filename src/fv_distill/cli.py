@@ -79,7 +79,7 @@ def export(words: Sequence[str]) -> None:
         "--format",
         choices=["diffusers", "lora", "comfyui", "merged", "original"],
         help="a complete diffusers directory; an adapter for load_lora_weights; the same as one file for ComfyUI; an "
-        "adapter merged into a complete directory; the complete network as one file in the original Wan's names "
+        "adapter merged into a complete directory; the complete network as one file in its family's published names "
         "(default: lora for a student trained as one, unless it streams, else diffusers)",
     )
     parser.add_argument("--merge", dest="format", action="store_const", const="merged", help="--format merged")
@@ -170,12 +170,49 @@ def convert_wan(words: Sequence[str]) -> None:
     console.print(f"converted {args.input} to {args.output}", highlight=False, markup=False, soft_wrap=True)
 
 
+def convert_matrixgame2(words: Sequence[str]) -> None:
+    """Turn published Matrix-Game 2 weights into a directory that fv_distill trains, streams and samples."""
+    parser = argparse.ArgumentParser(
+        prog="fv-distill convert-matrixgame2", description=convert_matrixgame2.__doc__, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--input", required=True, metavar="PATH", help="a .safetensors file of Skywork/Matrix-Game-2.0, or its folder"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", type=Path, help="the directory to write")
+    parser.add_argument(
+        "--base-model",
+        required=True,
+        metavar="MODEL",
+        help="whose VAE and image encoder are taken: Wan-AI/Wan2.1-I2V-14B-480P-Diffusers or its directory",
+    )
+    parser.add_argument("--config", metavar="FILE", help="the published config.json (default: beside the weights)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the weights' own)")
+    parser.add_argument(
+        "--sigmas", type=float, nargs="+", metavar="X", help="noise levels of a causal network (default: the published)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    args = parser.parse_args(words)
+    with exit_on_user_error(debug=args.debug):
+        from .export.convert_matrixgame2 import convert_matrixgame2_checkpoint
+
+        names = ("base_model", "config", "dtype", "sigmas", "overwrite")
+        convert_matrixgame2_checkpoint(args.input, args.output, **{name: getattr(args, name) for name in names})
+    console.print(f"converted {args.input} to {args.output}", highlight=False, markup=False, soft_wrap=True)
+
+
 def generate(words: Sequence[str]) -> None:
     """Make a video with a model: chunk by chunk with a causal student, else with its diffusers pipeline."""
     parser = argparse.ArgumentParser(prog="fv-distill generate", description=generate.__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, metavar="DIR", help="an export, a diffusers directory or a Hub id")
-    parser.add_argument("--prompt", required=True, help="what to show")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for image-to-video models")
+    parser.add_argument("--prompt", help="what to show; required by models that read text")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for models that go on from one")
+    parser.add_argument(
+        "--actions",
+        type=Path,
+        metavar="FILE",
+        help=".npz or .json with `keyboard` [F, K] and `mouse` [F, 2], a row for each frame of the video",
+    )
     parser.add_argument("--output", type=Path, default=Path("out.mp4"), metavar="FILE", help=".mp4 (default) or .gif")
     parser.add_argument("--stream", action="store_true", help="print each chunk's latency; causal students only")
     parser.add_argument("--num-frames", type=int, metavar="N", help="default: as long as the training clips")
@@ -313,6 +350,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "export": (export, "make a diffusers directory of a checkpoint"),
     "push": (push, "upload an export to the Hugging Face Hub"),
     "convert-wan": (convert_wan, "turn original Wan or Self-Forcing weights into a diffusers directory, or back"),
+    "convert-matrixgame2": (
+        convert_matrixgame2,
+        "make a directory of published Matrix-Game 2 weights",
+    ),
     "generate": (generate, "make a video with a model, streamed where it is causal"),
     "report": (report, "make one HTML page of a run"),
     "estimate": (estimate, "say what a run will take: memory, network calls, time"),

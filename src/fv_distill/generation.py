@@ -1,7 +1,8 @@
 """Video from a causal student, chunk by chunk: each is decoded and handed out as soon as it is denoised."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import fv_distill.models
 from fv_distill.models.base import CausalModelBase
-from fv_distill.models.conditioning import Conditioning
+from fv_distill.models.conditioning import IMAGE_COLUMNS, Conditioning
 from fv_distill.models.kv_cache import KVCache
 from fv_distill.models.pretrained import load_component_config, resolve_directory
 from fv_distill.rng import generator_for
@@ -93,7 +94,8 @@ class VideoStreamer:
             local_window=causal["local_window"],
             sink_frames=causal["sink_frames"],
             dtype=dtype,
-            text_length=call["max_sequence_length"],
+            # A network without text has none.
+            **({"text_length": call["max_sequence_length"]} if "max_sequence_length" in call else {}),
         )
         model.transformer.to(device)
         if info["sigmas"] is not None and num_inference_steps not in (None, len(info["sigmas"])):
@@ -112,13 +114,15 @@ class VideoStreamer:
             latent_shape=(int(vae["z_dim"]), frames, call["height"] // spatial, call["width"] // spatial),
             frames_per_latent=factor,
             spatial_factor=spatial,
-            guidance_scale=DEFAULT_GUIDANCE if info["sigmas"] is None else 1.0,
+            guidance_scale=DEFAULT_GUIDANCE if info["sigmas"] is None and model.reads_text else 1.0,
         )
 
     def stream(
         self,
-        prompt: str,
+        prompt: str = "",
         *,
+        image: Tensor | None = None,
+        actions: Mapping[str, Any] | None = None,
         num_frames: int | None = None,
         seed: int = 0,
         height: int | None = None,
@@ -130,9 +134,11 @@ class VideoStreamer:
         """Frames as they come, uint8 `[f, H, W, 3]`, one array per chunk.
 
         Args:
-            prompt: what to show.
-            num_frames: of the video; None is the length of the training clips. Whole chunks are generated and what is
-                too much is cut off.
+            prompt: what to show, for networks that read text.
+            image: the first frame, `[3, H, W]` in [0, 1] and of the video's size, for networks that go on from one.
+            actions: by data column (`mouse_cond`, `keyboard_cond`) what is done at each frame of the video, `[F, n]`.
+            num_frames: of the video; None is the length of the actions, or without any that of the training clips.
+                Whole chunks are generated and what is too much is cut off.
             seed: of the noise, which a chunk has whatever the length of the video.
             height: in pixels; None is the training clips'.
             width: in pixels; None is the training clips'.
@@ -142,19 +148,24 @@ class VideoStreamer:
             noise: where the first chunks start, see `stream_latents`.
 
         Raises:
-            ValueError: for a size that does not divide into the network's patches, or noise of another shape.
+            ValueError: for a size that does not divide into the network's patches, noise of another shape, or
+                conditions that the network needs and that are missing, or of other sizes.
         """
+        if num_frames is None and actions:
+            num_frames = min(len(given) for given in actions.values())
         shape, wanted = self.plan(num_frames=num_frames, height=height, width=width)
+        conditions = self.encode_conditions(shape, image=image, actions=actions, num_frames=wanted)
         decode = self.model.streaming_decoder()
         done = 0
         options: dict[str, Any] = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-        for chunk in self.stream_latents(prompt, shape, seed=seed, noise=noise, **options):
+        options |= {"conditions": conditions, "seed": seed, "noise": noise}
+        for chunk in self.stream_latents(prompt, shape, **options):
             frames = to_uint8(decode(chunk))[: wanted - done]
             done += len(frames)
             if len(frames):
                 yield frames
 
-    def generate(self, prompt: str, **options: Any) -> np.ndarray:
+    def generate(self, prompt: str = "", **options: Any) -> np.ndarray:
         """The whole video, uint8 `[F, H, W, 3]`; options as in `stream`."""
         return np.concatenate(list(self.stream(prompt, **options)))
 
@@ -163,6 +174,7 @@ class VideoStreamer:
         prompt: str,
         latent_shape: Sequence[int],
         *,
+        conditions: Mapping[str, Tensor] | None = None,
         seed: int = 0,
         guidance_scale: float | None = None,
         negative_prompt: str = "",
@@ -173,6 +185,8 @@ class VideoStreamer:
         Args:
             prompt: what to show.
             latent_shape: `[C, T, H, W]`, T in whole chunks; see `plan`.
+            conditions: beside text, see `encode_conditions`. They are read anew for every chunk: who writes what a
+                player does into `keyboard_cond` before a chunk is asked for, sees it there.
             seed: of all noise that is not given.
             guidance_scale: see `stream`.
             negative_prompt: see `stream`.
@@ -180,12 +194,18 @@ class VideoStreamer:
                 starting noise; later chunks and the noise added between steps follow from `seed`.
 
         Raises:
-            ValueError: for noise of another shape.
+            ValueError: for noise of another shape, or guidance of a network that reads no text.
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        if scale != 1 and not self.model.reads_text:
+            raise ValueError(
+                f"guidance_scale={scale:g}, but {type(self.model).__name__} reads no text and can't be guided away "
+                "from a negative prompt; set it to 1"
+            )
+        text = self.model.prompt_conditioning(prompt)
         return stream_clip(
             self.model,
-            self.model.prompt_conditioning(prompt),
+            replace(text, extras={**text.extras, **(conditions or {})}),
             latent_shape,
             sigmas=self.sigmas,
             sample_type=self.sample_type,
@@ -195,6 +215,51 @@ class VideoStreamer:
             guidance_scale=scale,
             noise=noise,
         )
+
+    def encode_conditions(
+        self,
+        latent_shape: Sequence[int],
+        *,
+        image: Tensor | None = None,
+        actions: Mapping[str, Any] | None = None,
+        num_frames: int | None = None,
+    ) -> dict[str, Tensor]:
+        """What the network reads beside text of a clip, by data column, batch size 1 and on its device.
+
+        Args:
+            latent_shape: see `stream_latents`.
+            image: see `stream`.
+            actions: see `stream`. After their end, in frames that are cut off, the last one goes on.
+            num_frames: of the video; None is all frames of the latents.
+
+        Raises:
+            ValueError: naming the column that is missing, has another size than the network needs, or that it doesn't
+                read.
+        """
+        self._check_reads(latent_shape, image=image is not None, actions=tuple(actions or ()))
+        frames = 1 + (latent_shape[1] - 1) * self.frames_per_latent
+        conditions: dict[str, Tensor] = {}
+        if image is not None:
+            video = image.to(torch.float32)[None, :, None].expand(-1, -1, frames, -1, -1)
+            conditions |= self.model.encoders().encode_images(video)
+        for name, given in (actions or {}).items():
+            rows = torch.as_tensor(given, dtype=torch.float32)
+            if len(rows) < (num_frames or frames):
+                raise ValueError(f"{name} has {len(rows)} rows, but the video {num_frames or frames} frames")
+            index = torch.arange(frames).clamp(max=len(rows) - 1)
+            conditions[name] = rows[index][None].to(self.model.device)
+        shapes = {name: tuple(value.shape[1:]) for name, value in conditions.items()}
+        self.model.check_conditions(shapes, latent_shape)
+        return conditions
+
+    def _check_reads(self, latent_shape: Sequence[int], *, image: bool, actions: Sequence[str]) -> None:
+        """What is given and not read would look as if it had been."""
+        needed, name = self.model.condition_shapes(latent_shape), type(self.model).__name__
+        if image and not any(column in needed for column in IMAGE_COLUMNS):
+            raise ValueError(f"an image was given, but {name} goes on from none")
+        for column in actions:
+            if column not in needed:
+                raise ValueError(f"{column} was given, but this {name} reads {', '.join(needed) or 'text alone'}")
 
     def plan(
         self, *, num_frames: int | None = None, height: int | None = None, width: int | None = None

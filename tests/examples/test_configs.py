@@ -9,10 +9,10 @@ import yaml
 from diffusers import WanTransformer3DModel
 
 from fv_distill.config import load_run_config
-from fv_distill.estimate.published import published_models
+from fv_distill.estimate.published import config_directory, published_models
 from fv_distill.export import few_step_scheduler
 from fv_distill.methods import OPTIONS_BY_TARGET, DMD2Options, TrajectoryOptions
-from fv_distill.models import WanModel
+from fv_distill.models import CausalMatrixGame2Model, MatrixGame2Model, WanModel
 from fv_distill.schedules import few_step_sigmas
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +26,8 @@ PUBLISHED = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
 }
 PARAMETERS = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1.42e9, "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14.29e9}
+# What `fv-distill convert-matrixgame2` makes of the published weights, by the name that the configs give it.
+MATRIX_GAME = "models/matrix-game-2"
 VAE_CONFIG = {
     "scale_factor_temporal": 4,
     "scale_factor_spatial": 8,
@@ -106,6 +108,22 @@ def test_configs_of_a_published_network_fit_it(published):
         assert tuple(size * factor for size, factor in zip(shape[2:], (8, 8), strict=True)) == (480, 832)
     with pytest.raises(ValueError, match="channels"):
         model.check_latent_shape((4, 21, 60, 104))
+
+
+def test_matrix_games_configs_fit_its_network():
+    with config_directory(MATRIX_GAME) as directory, torch.device("meta"):
+        models = [kind.from_pretrained(str(directory)) for kind in (MatrixGame2Model, CausalMatrixGame2Model)]
+        assert [model.flow_shift for model in models] == [5.0, 5.0]
+        paths = [path for path in CONFIGS if "matrixgame2" in path.stem]
+        assert {path.parent.name for path in paths} == {"dmd2", "finetune", "self_forcing"}
+        for path in paths:
+            config = load_run_config(path)
+            assert config.models["student"].flow_shift == 5.0
+            shape = config.training.data.latent_shape or (16, 15, 44, 80)
+            for model in models:
+                model.check_latent_shape(shape, num_frames=57)
+                needed = {"first_frame_latent": shape, "clip_feature": (257, 1280)}
+                model.check_conditions({**needed, "mouse_cond": (57, 2), "keyboard_cond": (57, 4)}, shape)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)

@@ -7,7 +7,7 @@ from tiny_models import LATENT_CHANNELS, TEXT_DIM, TEXT_LENGTH
 
 from fv_distill.models import CausalWanModel, Conditioning, WanModel
 from fv_distill.models.transformers import CausalWanTransformer3DModel
-from fv_distill.models.transformers.wan_causal import axis_table
+from fv_distill.models.transformers.rotary import axis_table
 
 NUM_FRAMES = 6
 SHAPE = (LATENT_CHANNELS, NUM_FRAMES, 4, 4)

@@ -110,6 +110,12 @@ class ValidationCallback(Callback):
 
     def on_train_start(self, trainer: "Trainer") -> None:
         """Complete the pipeline's arguments, say where videos go, and fail now if the student can't be sampled."""
+        student = trainer.models["student"]
+        if not student.reads_text:
+            raise ValueError(
+                f"callbacks.validation samples prompts, and a {type(student).__name__} reads first frames and "
+                "actions instead; leave it out, and sample with `fv-distill export` and `fv-distill generate`"
+            )
         if self.sigmas is None:
             self.sigmas = trainer.method.few_step_sigmas
         if isinstance(trainer.models["student"], CausalModelBase):

@@ -54,6 +54,7 @@ class ParquetDataset(Dataset[dict[str, Any]]):
     Args:
         data_path: a parquet file or a directory (searched recursively), or a mapping of such paths to repeat counts.
         tensors: the tensor columns wanted; None for all that every data set has.
+        required: tensor columns that every row must have a value in.
         on_bad_row: "error" raises at a bad row; "skip" takes the next good row of the same data set instead.
         cache_dir: where `datasets` keeps its Arrow copy; None for its default (`HF_DATASETS_CACHE`).
 
@@ -68,6 +69,7 @@ class ParquetDataset(Dataset[dict[str, Any]]):
         data_path: DataPath,
         *,
         tensors: Sequence[str] | None = None,
+        required: Sequence[str] = REQUIRED_TENSORS,
         on_bad_row: Literal["error", "skip"] = "error",
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -77,10 +79,11 @@ class ParquetDataset(Dataset[dict[str, Any]]):
         if unknown:
             raise ValueError(f"unknown tensor columns {unknown}; the schema has {', '.join(TENSORS)}")
         self.on_bad_row = on_bad_row
-        wanted = None if tensors is None else list(dict.fromkeys((*REQUIRED_TENSORS, *tensors)))
+        self.required = tuple(required)
+        wanted = None if tensors is None else list(dict.fromkeys((*required, *tensors)))
         self._repeats = _parse_data_path(data_path)
         # Every data set's metadata is checked before the first is converted, which may take hours.
-        plans = [_SourceFiles.find(path, wanted) for path in self._repeats]
+        plans = [_SourceFiles.find(path, wanted, self.required) for path in self._repeats]
         self._sources = [_Source(plan, cache_dir=cache_dir, on_bad_row=on_bad_row) for plan in plans]
         self.tensors = _common_tensors(self._sources, wanted)
         counts = [len(source) * repeat for source, repeat in zip(self._sources, self._repeats.values(), strict=True)]
@@ -139,19 +142,20 @@ class _SourceFiles:
     num_rows: list[int]
     tensors: list[str]
     scalars: list[str]
+    required: Sequence[str]
 
     @classmethod
-    def find(cls, path: str, wanted: Sequence[str] | None) -> "_SourceFiles":
+    def find(cls, path: str, wanted: Sequence[str] | None, required: Sequence[str]) -> "_SourceFiles":
         files = list(_parquet_files(path))
         if not files:
             raise DataError(f"{DATA_PATH_KEY}: {path} is an empty data set: it holds no *.parquet file")
-        tensors, scalars, num_rows = check_schema(files, wanted)
+        tensors, scalars, num_rows = check_schema(files, wanted, required=required)
         if not sum(num_rows):
             raise DataError(
                 f"{DATA_PATH_KEY}: {path} is an empty data set: its {len(files)} parquet files have no rows"
             )
         kept = [(file, count) for file, count in zip(files, num_rows, strict=True) if count]
-        return cls(path, [file for file, _ in kept], [count for _, count in kept], tensors, scalars)
+        return cls(path, [file for file, _ in kept], [count for _, count in kept], tensors, scalars, required)
 
 
 class _Source:
@@ -164,6 +168,7 @@ class _Source:
         self._files = plan.files
         self._ends = list(itertools.accumulate(plan.num_rows))
         self._scalars = plan.scalars
+        self._required = plan.required
         self._rows = memory_mapped(plan.files, column_types(plan.tensors, plan.scalars), cache_dir=cache_dir)
         assert len(self._rows) == self._ends[-1], "datasets returned other rows than the files' metadata promise"
         self._reference_place = ""
@@ -218,7 +223,7 @@ class _Source:
 
     def _check_against_reference(self, row: int, name: str, value: Tensor | None) -> None:
         if not self._reference_place:  # this row is to become the reference
-            if name in REQUIRED_TENSORS and value is None:
+            if name in self._required and value is None:
                 raise self._bad(row, name, "it is empty")
             return
         expected = self._reference.get(name)

@@ -193,12 +193,15 @@ def _dtype_name(tensor: Tensor, *, where: str) -> str:
     return name
 
 
-def check_schema(files: Sequence[Path], tensors: Sequence[str] | None = None) -> tuple[list[str], list[str], list[int]]:
+def check_schema(
+    files: Sequence[Path], tensors: Sequence[str] | None = None, *, required: Sequence[str] = REQUIRED_TENSORS
+) -> tuple[list[str], list[str], list[int]]:
     """Check the columns of one data set's files, from their metadata alone.
 
     Args:
         files: the parquet files.
         tensors: the tensors that must be there; None for those that the first file has.
+        required: tensors that must be there even if the first file lacks them.
 
     Returns:
         The tensors and the scalar columns that every file has, and the number of rows of each file.
@@ -212,7 +215,7 @@ def check_schema(files: Sequence[Path], tensors: Sequence[str] | None = None) ->
         metadata = read_metadata(file)
         schema = metadata.schema.to_arrow_schema()
         if tensors is None:
-            tensors = [name for name in TENSORS if name in REQUIRED_TENSORS or _has_any_column(schema, name)]
+            tensors = [name for name in TENSORS if name in required or _has_any_column(schema, name)]
         for column, kind in column_types(tensors, REQUIRED_SCALARS).items():
             _check_column(file, schema, column, kind, required=True)
         for column, kind in SCALARS.items():

@@ -172,11 +172,12 @@ def _make_inputs(model: ModelBase, call: NetworkCall, shape: ClipShape, start_fr
 
 def _fill(cache: Any, start_frame: int, chunk_size: int) -> None:
     """Store the history of a chunk."""
-    layers, _, batch, _, heads, head_dim = cache.entries.shape
-    entry = torch.empty(batch, chunk_size * cache.tokens_per_frame, heads, head_dim, device="meta")
-    for start in range(0, start_frame, chunk_size):
-        for layer in range(layers):
-            cache.write(layer, start, entry, entry)
+    for part in cache.parts:
+        layers, _, batch, _, heads, head_dim = part.entries.shape
+        entry = torch.empty(batch, chunk_size * part.tokens_per_frame, heads, head_dim, device="meta")
+        for start in range(0, start_frame, chunk_size):
+            for layer in range(layers):
+                part.write(layer, start, entry, entry)
 
 
 def _make_call(model: ModelBase, call: NetworkCall, inputs: _Inputs, start_frame: int) -> Tensor:

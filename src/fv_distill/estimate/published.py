@@ -11,7 +11,10 @@ _CONFIGS = Path(__file__).with_name("published_configs.json")
 
 
 def published_models() -> dict[str, dict[str, Any]]:
-    """The known models' configs by Hub id and path; what no size depends on is left out or made up."""
+    """The known models' configs by Hub id and path; what no size depends on is left out or made up.
+
+    A model that is published in other names is known by where the example configs have its conversion.
+    """
     return json.loads(_CONFIGS.read_text(encoding="utf-8"))
 
 

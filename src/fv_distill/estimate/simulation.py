@@ -172,7 +172,8 @@ def _caches_marked(models: Mapping[str, ModelBase], live: LiveBytes) -> Iterator
 
         def marked(*args: Any, make: Any = make, **kwargs: Any) -> Any:
             cache = make(*args, **kwargs)
-            live.mark(cache.entries, KV_CACHE)
+            for part in cache.parts:
+                live.mark(part.entries, KV_CACHE)
             return cache
 
         vars(model)["new_cache"] = marked

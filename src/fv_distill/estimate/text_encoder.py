@@ -17,6 +17,10 @@ class TextEncoderSize:
     width: int
 
 
+NO_TEXT_ENCODER = TextEncoderSize(parameters=0, width=1)
+"""Of a family without text; what it is handed is one number per token, which nobody reads."""
+
+
 def measure_text_encoder(directory: Path) -> TextEncoderSize:
     """The encoder that a model's prompts are encoded with.
 

@@ -1,14 +1,13 @@
 """Real clips as a reference: parquet rows of this library's schema, decoded by the model's VAE."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
 from fv_distill.data.parquet import ParquetDataset
+from fv_distill.models.pipeline_index import component_class
 
 from .clips import Batch, Clip
 from .sampling import to_uint8_array
@@ -80,8 +79,7 @@ class RealSampler:
         dtype: torch.dtype,
     ) -> None:
         self._clips, self._rows, self._num_frames = clips, rows, num_frames
-        name = json.loads((directory / "model_index.json").read_text())["vae"][1]
-        vae = getattr(diffusers, name).from_pretrained(directory, subfolder="vae", dtype=dtype)
+        vae = component_class(directory, "vae").from_pretrained(directory, subfolder="vae", dtype=dtype)
         self._vae: Any = vae.to(device)
 
     def sample(self, prompts: Sequence[str], indices: Sequence[int]) -> Batch:

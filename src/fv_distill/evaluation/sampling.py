@@ -13,11 +13,12 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from fv_distill.export.scheduler import few_step_scheduler
 from fv_distill.generation import VideoStreamer, even_sigmas, to_uint8
+from fv_distill.models.pipeline_index import pipeline_class
 from fv_distill.rng import derive_seed, generator_for
 
 from .clips import Batch, Clip, Cost
@@ -62,7 +63,7 @@ class PipelineSampler:
         pipeline: Any = None,
     ) -> None:
         if pipeline is None:
-            pipeline = DiffusionPipeline.from_pretrained(way.directory, dtype=dtype).to(device)
+            pipeline = pipeline_class(way.directory).from_pretrained(way.directory, dtype=dtype).to(device)
             pipeline.set_progress_bar_config(disable=True)
         self.pipeline = pipeline
         self._device, self._seed = device, seed

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
-
 from fv_distill.export.call_arguments import needs_image, pipeline_of
 from fv_distill.generation import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from fv_distill.models.pipeline_index import pipeline_class
 from fv_distill.models.pretrained import load_component_config
 
 INFO_FILE = "fv_distill.json"
@@ -108,10 +107,7 @@ def _default(directory: Path, argument: str, *, causal: bool) -> Any:
     """What a model is called with where nobody says; None if its pipeline takes no such argument."""
     if causal:
         return {"num_inference_steps": DEFAULT_STEPS, "guidance_scale": DEFAULT_GUIDANCE}[argument]
-    name = json.loads((directory / "model_index.json").read_text())["_class_name"]
-    if not hasattr(diffusers, name):
-        raise ValueError(f"{directory} is a {name}, which is no pipeline of diffusers {diffusers.__version__}")
-    parameter = inspect.signature(getattr(diffusers, name).__call__).parameters.get(argument)
+    parameter = inspect.signature(pipeline_class(directory).__call__).parameters.get(argument)
     return None if parameter is None else parameter.default
 
 

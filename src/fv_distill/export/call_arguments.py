@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
-from fv_distill.models.pretrained import load_component_config, read_model_index
+from fv_distill.models.conditioning import ACTION_COLUMNS
+from fv_distill.models.pipeline_index import find_pipeline, read_index
+from fv_distill.models.pretrained import load_component_config
 
 
 def training_call_arguments(directory: Path, latent_shape: Sequence[int], *, text_length: int) -> dict[str, int]:
@@ -21,13 +21,26 @@ def training_call_arguments(directory: Path, latent_shape: Sequence[int], *, tex
     vae = load_component_config(directory, "vae")
     _, frames, height, width = latent_shape
     factor = vae["scale_factor_temporal"]
+    text = {"max_sequence_length": text_length} if takes_prompt(pipeline_of(directory)) else {}
     return {
         "height": height * vae["scale_factor_spatial"],
         "width": width * vae["scale_factor_spatial"],
         # The pipeline rounds to 4k + 1 by rounding down and adding 1, which without temporal folding is one too many.
         "num_frames": (frames - 1) * factor + (1 if factor > 1 else 0),
-        "max_sequence_length": text_length,
+        **text,
     }
+
+
+def takes_prompt(pipeline_class: Any) -> bool:
+    """Whether a pipeline can be called with a text; one that nobody here knows is taken for such."""
+    return pipeline_class is None or "prompt" in inspect.signature(pipeline_class.__call__).parameters
+
+
+def taken_actions(pipeline_class: Any, condition_shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """The actions that a pipeline is called with, by data column, and their shapes among those of the conditions."""
+    parameters = {} if pipeline_class is None else inspect.signature(pipeline_class.__call__).parameters
+    found = [name for name in ACTION_COLUMNS if name in parameters and name in condition_shapes]
+    return {name: list(condition_shapes[name]) for name in found}
 
 
 def needs_image(pipeline_class: Any) -> bool:
@@ -42,6 +55,5 @@ def takes_image(pipeline_class: Any) -> bool:
 
 
 def pipeline_of(directory: Path, pipeline_config: Mapping[str, Any] | None = None) -> Any:
-    """The diffusers class that a directory names, or `pipeline_config` in its stead; None if diffusers has no such."""
-    name = {**read_model_index(directory), **(pipeline_config or {})}["_class_name"]
-    return getattr(diffusers, name, None)
+    """The class that a directory names, or `pipeline_config` in its stead; None if it is not known here."""
+    return find_pipeline({**read_index(directory), **(pipeline_config or {})}["_class_name"])

@@ -12,15 +12,16 @@ from fv_distill.config.load import load_run_config
 from fv_distill.config.schema import ExportFormat
 from fv_distill.console import console
 from fv_distill.lora import LoraSpec
+from fv_distill.models.pipeline_index import own_pipeline
 from fv_distill.models.pretrained import parse_dtype, resolve_directory
 
-from .call_arguments import needs_image, pipeline_of, training_call_arguments
+from .call_arguments import needs_image, pipeline_of, taken_actions, takes_prompt, training_call_arguments
 from .checkpoint_weights import load_role_weights, read_checkpoint_metadata
 from .diffusers_dir import build_transformer, export_diffusers_directory
 from .lora_file import LoraWeights, export_lora_directory, merge_lora, write_comfyui_lora
+from .original_names import to_original_names
 from .run_record import RunFiles, find_run, training_record
 from .student_info import StudentInfo
-from .wan_keys import convert_state_dict_to_original
 from .weights_file import check_output_file, write_weights_file
 
 
@@ -48,7 +49,7 @@ def convert(
         overwrite: replace an existing output.
         export_format: "diffusers", a complete directory; "lora", an adapter for `pipe.load_lora_weights`; "comfyui",
             the same in the original Wan's names; "merged", a complete directory with the adapter in its weights;
-            "original", the complete network in the original Wan's names. None is "lora" for an adapter of a network
+            "original", the complete network in its family's published names. None is "lora" for an adapter of a network
             that stock pipelines sample, else a complete directory.
         run: where the run's losses and validation clips lie, for the card; None looks around the checkpoint.
 
@@ -86,6 +87,10 @@ def convert(
         ),
         versions=metadata["versions"],
         hub_model_id=pipeline["hub_model_id"] if pipeline["push_to_hub"] else None,
+        pipeline=own_pipeline(resolve_directory(base_model), network["pipeline_config"]),
+        reads_text=takes_prompt(pipeline_class),
+        # Checkpoints of earlier versions don't tell; their networks read no actions.
+        actions=taken_actions(pipeline_class, metadata.get("conditions", {})),
         training=training_record(metadata),
         component=network["component"],
         pipeline_config=network["pipeline_config"],
@@ -128,7 +133,7 @@ def _write(
         return export_diffusers_directory(output, weights, info, dtype=to_dtype, overwrite=overwrite, run=run)
     base = resolve_directory(info.base_model)
     transformer = build_transformer(base, weights, dtype=to_dtype, component=info.component)
-    return write_weights_file(output, convert_state_dict_to_original(transformer.state_dict()))
+    return write_weights_file(output, to_original_names(transformer))
 
 
 def read_student_info(directory: str | Path) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
+from fv_distill.models.pipeline_index import component_class, indexed, network_folder
 from fv_distill.models.pretrained import check_weights_fit, resolve_directory
 
 from .model_card import write_model_card
@@ -89,8 +89,8 @@ def pipeline_directory(
     """
     # What an earlier export tells of itself is no news of this one.
     names = [component, *skipped, INFO_FILE, "README.md", *RECORD_FILES, ".cache", ".git*"]
-    with replaced_directory(output_dir) as partial:
-        shutil.copytree(base, partial, ignore=shutil.ignore_patterns(*names), dirs_exist_ok=True)
+    with replaced_directory(output_dir) as partial, indexed(base) as directory:
+        shutil.copytree(directory, partial, ignore=shutil.ignore_patterns(*names), dirs_exist_ok=True)
         cast(Any, transformer).save_pretrained(partial / component)
         yield partial
 
@@ -150,10 +150,9 @@ def _replace(output_dir: Path, partial: Path) -> None:
 
 def empty_transformer(base: Path, *, component: str = "transformer") -> nn.Module:
     """The base model's transformer class, from its config, on the meta device."""
-    class_name = json.loads((base / "model_index.json").read_text())[component][1]
-    kind = getattr(diffusers, class_name)
+    kind = component_class(base, component)
     with torch.device("meta"):
-        return kind.from_config(kind.load_config(base, subfolder=component))
+        return kind.from_config(kind.load_config(base, subfolder=network_folder(base, component)))
 
 
 def build_transformer(

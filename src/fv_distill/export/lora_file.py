@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
 
 from fv_distill.lora import LoraSpec
-from fv_distill.models.pretrained import read_model_index, resolve_directory
+from fv_distill.models.pipeline_index import component_class, network_folder, pipeline_class
+from fv_distill.models.pretrained import resolve_directory
 
 from .diffusers_dir import check_output, replaced_directory
 from .model_card import write_model_card
@@ -110,9 +110,8 @@ def merge_lora(base_model: str, lora: LoraWeights, *, component: str = "transfor
         ValueError: if the adapter doesn't fit the network.
     """
     base = resolve_directory(base_model)
-    class_name = read_model_index(base)[component][1]
-    kind = getattr(diffusers, class_name)
-    stored = kind.from_pretrained(base, subfolder=component, torch_dtype="auto")
+    kind = component_class(base, component)
+    stored = kind.from_pretrained(base, subfolder=network_folder(base, component), torch_dtype="auto")
     types = {name: value.dtype for name, value in stored.state_dict().items()}
     # Merged in float32: what an adapter adds is often smaller than half a unit of bf16.
     transformer: Any = stored.to(torch.float32)
@@ -145,8 +144,7 @@ def _peft_metadata(spec: LoraSpec) -> dict[str, Any]:
 
 
 def _pipeline_class(base: Path, pipeline_config: Mapping[str, Any]) -> Any:
-    name = {**read_model_index(base), **pipeline_config}["_class_name"]
-    kind = getattr(diffusers, name)
+    kind = pipeline_class(base, pipeline_config)
     if not hasattr(kind, "save_lora_weights"):
-        raise ValueError(f"diffusers' {name} loads no LoRA; export with --format merged")
+        raise ValueError(f"{kind.__name__} loads no LoRA; export with --format merged")
     return kind

@@ -29,6 +29,9 @@ class StudentInfo:
         component: the pipeline's name of the network.
         pipeline_config: what the export's `model_index.json` says otherwise than the base model's.
         needs_image: whether its pipeline is called with the first frame.
+        pipeline: dotted path of the pipeline's class if it is this library's; None is diffusers'.
+        reads_text: whether clips are made of a prompt.
+        actions: what is done in a clip, by the data column and argument: its shape for the training clips, `[F, n]`.
     """
 
     base_model: str
@@ -47,6 +50,9 @@ class StudentInfo:
     component: str = "transformer"
     pipeline_config: dict[str, Any] = field(default_factory=dict)
     needs_image: bool = False
+    pipeline: str | None = None
+    reads_text: bool = True
+    actions: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def pipeline_call(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def convert_state_dict(original: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: listing the keys that no original Wan has.
     """
-    return _renamed(original, to_diffusers_key, layout="original Wan", other=to_original_key)
+    return renamed_weights(original, to_diffusers_key, layout="original Wan", other=to_original_key)
 
 
 def convert_state_dict_to_original(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def convert_state_dict_to_original(weights: Mapping[str, Tensor]) -> dict[str, T
     Raises:
         ValueError: listing the keys that diffusers' `WanTransformer3DModel` can't have.
     """
-    return _renamed(weights, to_original_key, layout="diffusers Wan", other=to_diffusers_key)
+    return renamed_weights(weights, to_original_key, layout="diffusers Wan", other=to_diffusers_key)
 
 
 def to_diffusers_key(key: str) -> str | None:
@@ -93,7 +93,7 @@ def _rename(key: str, names: Mapping[str, str], block_names: Mapping[str, str]) 
     return None if name is None else block[1] + name
 
 
-def _renamed(
+def renamed_weights(
     weights: Mapping[str, Tensor],
     rename: Callable[[str], str | None],
     *,
@@ -101,6 +101,18 @@ def _renamed(
     other: Callable[[str], str | None],
     shown: int = 8,
 ) -> dict[str, Tensor]:
+    """Weights under the names that `rename` gives them; of another family too, which says what its layouts are called.
+
+    Args:
+        weights: by their names in one layout.
+        rename: the name in the other layout; None for a key that this one doesn't have.
+        layout: what messages call this layout.
+        other: the other way, to tell weights that are renamed already.
+        shown: how many unknown keys a message lists.
+
+    Raises:
+        ValueError: listing unknown keys.
+    """
     unknown = [key for key in weights if rename(key) is None]
     if unknown:
         more = f" and {len(unknown) - shown} more" if len(unknown) > shown else ""

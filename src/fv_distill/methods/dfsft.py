@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fv_distill.losses.flow_matching import errors_by_sigma, flow_matching_loss
-from fv_distill.models.base import CausalModelBase, ModelBase
+from fv_distill.models.base import CausalModelBase, ModelBase, causal_adapters
 from fv_distill.rng import SampleRng
 from fv_distill.schedules import flow
 from fv_distill.schedules.shift import shift_sigma, unshift_sigma
@@ -45,7 +45,7 @@ class DiffusionForcingSFTMethod(TrainingMethod):
         elif self.options.teacher_forcing:
             raise ValueError(
                 f"method.teacher_forcing needs a causal student, not {type(self.student).__name__}; set "
-                "models.student._target_: fv_distill.models.CausalWanModel"
+                f"models.student._target_: {causal_adapters(self.student)}"
             )
 
     def updates(self, step: int) -> tuple[str, ...]:

@@ -55,6 +55,12 @@ class DMD2Method(TrainingMethod):
                 f"method.cfg_uncond.text: drop, but {type(self.teacher).__name__} can't run without text; "
                 "use negative_prompt or zero"
             )
+        if self._uses_guidance and not self.teacher.reads_text and self._policy.image == self._policy.action == "keep":
+            raise ValueError(
+                f"method.real_score_guidance_scale={self.options.real_score_guidance_scale:g}, but "
+                f"{type(self.teacher).__name__} reads no text and method.cfg_uncond keeps image and actions: both "
+                "passes would be the same; set method.cfg_uncond.action or .image to zero or drop, or the scale to 1"
+            )
         # The student's rollout on its way to the critic's loss of the same step, by the micro-batch's first sample.
         self._rollouts: dict[tuple[int, int], Tensor] = {}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fv_distill.losses.regression import x0_regression_loss
-from fv_distill.models.base import CausalModelBase, ModelBase
+from fv_distill.models.base import CausalModelBase, ModelBase, causal_adapters
 from fv_distill.models.conditioning import Conditioning
 from fv_distill.rng import SampleRng
 from fv_distill.rollouts.ode import STATES, TIMESTEPS
@@ -106,7 +106,7 @@ class KDCausalMethod(KDMethod):
         if not isinstance(self.student, CausalModelBase):
             raise ValueError(
                 f"KDCausalMethod needs a causal student, not {type(self.student).__name__}; set "
-                "models.student._target_: fv_distill.models.CausalWanModel"
+                f"models.student._target_: {causal_adapters(self.student)}"
             )
         self.causal_student = self.student
         self.teacher_forcing = self.options.teacher_forcing

@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fv_distill.losses.distribution_matching import direction_loss
-from fv_distill.models.base import CausalModelBase, ModelBase
+from fv_distill.models.base import CausalModelBase, ModelBase, causal_adapters
 from fv_distill.models.conditioning import PreparedBatch
 from fv_distill.rng import SampleRng
 from fv_distill.rollouts.autoregressive import Rollout, autoregressive_rollout
@@ -133,7 +133,7 @@ def _checked_student(student: ModelBase, options: SelfForcingOptions) -> CausalM
     if not isinstance(student, CausalModelBase):
         raise ValueError(
             f"SelfForcingMethod needs a causal student, not {type(student).__name__}; set models.student._target_: "
-            "fv_distill.models.CausalWanModel"
+            f"{causal_adapters(student)}"
         )
     size = student.chunk_size
     if options.chunk_size not in (None, size):

@@ -47,6 +47,8 @@ class ModelBase(RoleNetwork, ABC):
     network_class: ClassVar[type[Any]]
     encoders_class: ClassVar[type[Encoders]]
     required_channels: ClassVar[tuple[str, ...]] = ("text",)
+    # Whether the network reads text at all; where none does, rows need hold none.
+    reads_text: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -241,7 +243,6 @@ class ModelBase(RoleNetwork, ABC):
         Raises:
             ValueError: if the clip or a condition is missing, or its shape does not fit the network.
         """
-        text = batch["text_embedding"]
         if "vae_latent" in batch:
             shape = tuple(batch["vae_latent"].shape[1:])
         elif latents_source == "zeros" and "latent_shape" in batch:
@@ -261,7 +262,7 @@ class ModelBase(RoleNetwork, ABC):
         if latents_source == "data":
             latents = self.normalize_latents(batch["vae_latent"])
         else:
-            latents = torch.zeros((text.shape[0], *shape), device=text.device)
+            latents = torch.zeros((_batch_size(batch), *shape), device=self.device)
         return PreparedBatch(latents, self._conditioning(batch))
 
     def negative_conditioning(self) -> Conditioning:
@@ -275,8 +276,10 @@ class ModelBase(RoleNetwork, ABC):
         return self._prompts[prompt]
 
     def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
-        text, mask = batch["text_embedding"].float(), batch["text_mask"]
         extras = {name: batch[name] for name in TEXT_COLUMNS + IMAGE_COLUMNS + ACTION_COLUMNS if name in batch}
+        if not self.reads_text:
+            return Conditioning(None, None, extras)
+        text, mask = batch["text_embedding"].float(), batch["text_mask"]
         dropped = batch.get("caption_dropped")
         if dropped is not None and bool(dropped.any()):
             empty = self.prompt_conditioning("")
@@ -287,6 +290,10 @@ class ModelBase(RoleNetwork, ABC):
                 rows = dropped.view(-1, *[1] * (value.ndim - 1))
                 extras[name] = torch.where(rows, value.to(extras[name].dtype), extras[name])
         return Conditioning(text, mask, extras)
+
+
+def _batch_size(batch: Mapping[str, Any]) -> int:
+    return next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
 
 
 class CausalModelBase(ModelBase):
@@ -452,6 +459,54 @@ class CausalModelBase(ModelBase):
                 "change models.<role>.chunk_size"
             )
 
+    def check_history(
+        self, x_t: Tensor, clean_history: Tensor | None, history_sigma: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """What the chunks of `x_t` see of a given history: its frames but the last chunk's, and their sigmas `[B, t]`.
+
+        Args:
+            x_t: `[B, C, T, H, W]`.
+            clean_history: see `predict_velocity`; None gives None.
+            history_sigma: see `predict_velocity`.
+
+        Raises:
+            ValueError: for a noise level without a history, or a history of another shape.
+        """
+        if clean_history is None:
+            if history_sigma is not None:
+                raise ValueError("history_sigma is the noise level of clean_history; give both or neither")
+            return None
+        if clean_history.shape != x_t.shape:
+            raise ValueError(
+                f"clean_history has shape {tuple(clean_history.shape)} but x_t {tuple(x_t.shape)}; give the whole "
+                "clip, each chunk reads only what is before it"
+            )
+        if history_sigma is None:
+            history_sigma = torch.zeros(x_t.shape[0], device=x_t.device)
+        # No chunk sees the last one's clean copy.
+        length = x_t.shape[2] - self.chunk_size
+        return clean_history[:, :, :length], self.per_frame(history_sigma, x_t)[:, :length]
+
+    @staticmethod
+    def per_frame(sigma: Tensor, x_t: Tensor) -> Tensor:
+        """Sigma `[B]` or `[B, T]` as `[B, T]`, fp32."""
+        sigma = sigma.float()
+        return sigma if sigma.ndim == 2 else sigma[:, None].expand(-1, x_t.shape[2])
+
+    def cache_frames(self, num_frames: int, *, rolling: bool) -> int:
+        """How many latent frames a cache has to hold for a clip of so many; see `new_cache`.
+
+        Raises:
+            ValueError: for a rolling cache without a window.
+        """
+        if not rolling:
+            return num_frames
+        if self.local_window is None:
+            raise ValueError(
+                "a rolling cache keeps what a window shows, but local_window is null; set models.<role>.local_window"
+            )
+        return min(num_frames, self.sink_frames + self.local_window + self.chunk_size)
+
     def check_chunk(self, x_t: Tensor, start_frame: int) -> None:
         """Raise a `ValueError` unless `x_t` is one chunk and can start at `start_frame`."""
         if x_t.shape[2] != self.chunk_size:
@@ -463,3 +518,13 @@ class CausalModelBase(ModelBase):
                 f"start_frame={start_frame} is not the beginning of a chunk; give a multiple of "
                 f"chunk_size={self.chunk_size}"
             )
+
+
+def causal_adapters(model: ModelBase) -> str:
+    """What a config may name as `_target_` for chunks in the place of `model`: its family's adapter, else all."""
+    # The package lists its names without importing what is behind them.
+    import fv_distill.models
+
+    names = [name for name in fv_distill.models.__all__ if name.startswith("Causal") and name != "CausalModelBase"]
+    own = f"Causal{type(model).__name__}"
+    return " or ".join(f"fv_distill.models.{name}" for name in ([own] if own in names else names))

@@ -86,7 +86,8 @@ def unconditional(conditioning: Conditioning, policy: UncondPolicy, negative: Co
     """
     text, mask = conditioning.text, conditioning.text_mask
     extras = dict(conditioning.extras)
-    if policy.text == "negative_prompt":
+    # A network without text has nothing to replace.
+    if text is not None and policy.text == "negative_prompt":
         assert negative is not None and negative.text is not None, "the negative prompt must be encoded first"
         text, mask = _expand(negative.text, conditioning), _expand(negative.text_mask, conditioning)
         extras |= {

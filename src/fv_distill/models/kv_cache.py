@@ -97,6 +97,11 @@ class KVCache:
         return self._entries
 
     @property
+    def parts(self) -> "tuple[KVCache, ...]":
+        """The caches that this one is made of, itself first; a family may keep more than self-attention."""
+        return (self,)
+
+    @property
     def num_frames(self) -> int:
         """Latent frames stored so far, counted from the clip's first, dropped ones included."""
         return self._kept[-1].stop

@@ -1,13 +1,15 @@
 """Reading diffusers directories: where a model is, what its configs say, and replacing its weights."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from .pipeline_index import is_pipeline_directory, network_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,19 +27,20 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     return DTYPES[name]
 
 
-def resolve_directory(init_from: str | Path, *, name: str = "init_from") -> Path:
+def resolve_directory(init_from: str | Path, *, name: str = "init_from", patterns: Sequence[str] | None = None) -> Path:
     """The local directory of a diffusers pipeline; a Hub id is downloaded (or found in the cache).
 
     Args:
         init_from: the directory or Hub id.
         name: what messages call it.
+        patterns: the files of a Hub repository that are needed; None for all.
 
     Raises:
         FileNotFoundError: if it is neither, saying what was tried.
     """
     path = Path(init_from).expanduser()
     if path.is_dir():
-        if not (path / "model_index.json").is_file():
+        if not is_pipeline_directory(path):
             raise FileNotFoundError(f"{name}={str(init_from)!r} has no model_index.json; give a diffusers directory")
         return path
     hub_id = str(init_from)
@@ -47,7 +50,7 @@ def resolve_directory(init_from: str | Path, *, name: str = "init_from") -> Path
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id))
+        return Path(snapshot_download(hub_id, allow_patterns=None if patterns is None else list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{name}={hub_id!r} is no local directory and could not be had from the Hub ({type(error).__name__}); "
@@ -95,7 +98,7 @@ def load_network(
     weights: str | None,
     gradient_checkpointing: bool,
     attention_backend: str | None,
-    subfolder: str = "transformer",
+    component: str = "transformer",
 ) -> nn.Module:
     """A directory's network; errors as in `ModelBase.from_pretrained`.
 
@@ -109,8 +112,9 @@ def load_network(
         weights: see `ModelBase.from_pretrained`.
         gradient_checkpointing: see `ModelBase.from_pretrained`.
         attention_backend: see `ModelBase.from_pretrained`.
-        subfolder: where in the directory it is.
+        component: the pipeline's name for it.
     """
+    subfolder = network_folder(directory, component)
     is_meta = torch.get_default_device().type == "meta"
     transformer: Any = (
         _without_weights(network_class, directory, subfolder, parse_dtype(dtype))

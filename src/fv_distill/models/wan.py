@@ -97,7 +97,7 @@ class WanModel(ModelBase):
             weights=weights,
             gradient_checkpointing=gradient_checkpointing,
             attention_backend=attention_backend,
-            subfolder=chosen.component,
+            component=chosen.component,
         )
         return cls(
             transformer,

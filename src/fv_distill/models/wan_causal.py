@@ -126,22 +126,13 @@ class CausalWanModel(CausalModelBase, WanModel):
         history_sigma: Tensor | None = None,
     ) -> Tensor:
         """See `CausalModelBase.predict_velocity`."""
-        if clean_history is None:
-            if history_sigma is not None:
-                raise ValueError("history_sigma is the noise level of clean_history; give both or neither")
+        history = self.check_history(x_t, clean_history, history_sigma)
+        if history is None:
             return self._velocity(x_t, sigma.float(), conditioning)
-        if clean_history.shape != x_t.shape:
-            raise ValueError(
-                f"clean_history has shape {tuple(clean_history.shape)} but x_t {tuple(x_t.shape)}; give the whole "
-                "clip, each chunk reads only what is before it"
-            )
-        if history_sigma is None:
-            history_sigma = torch.zeros(x_t.shape[0], device=x_t.device)
-        # No chunk sees the last one's clean copy.
-        length = x_t.shape[2] - self.chunk_size
-        frames = torch.cat([clean_history[:, :, :length].to(x_t.dtype), x_t], dim=2)
-        sigmas = torch.cat([_per_frame(history_sigma, x_t)[:, :length], _per_frame(sigma, x_t)], dim=1)
-        return self._velocity(frames, sigmas, conditioning, num_history_frames=length)
+        clean, levels = history
+        frames = torch.cat([clean.to(x_t.dtype), x_t], dim=2)
+        sigmas = torch.cat([levels, self.per_frame(sigma, x_t)], dim=1)
+        return self._velocity(frames, sigmas, conditioning, num_history_frames=clean.shape[2])
 
     def predict_velocity_streaming(
         self,
@@ -175,14 +166,7 @@ class CausalWanModel(CausalModelBase, WanModel):
     def cache_sizes(self, batch_size: int, latent_shape: Sequence[int], *, rolling: bool = False) -> dict[str, int]:
         """What `KVCache` and `KVCache.required_bytes` want to know of a clip; see `new_cache`."""
         self.check_latent_shape(latent_shape)
-        _, capacity, height, width = latent_shape
-        if rolling:
-            if self.local_window is None:
-                raise ValueError(
-                    "a rolling cache keeps what a window shows, but local_window is null; set "
-                    "models.<role>.local_window"
-                )
-            capacity = min(capacity, self.sink_frames + self.local_window + self.chunk_size)
+        _, _, height, width = latent_shape
         config = self.network_config
         return {
             "num_layers": config.num_layers,
@@ -190,7 +174,7 @@ class CausalWanModel(CausalModelBase, WanModel):
             "num_heads": config.num_attention_heads,
             "head_dim": config.attention_head_dim,
             "tokens_per_frame": (height // config.patch_size[1]) * (width // config.patch_size[2]),
-            "capacity_frames": capacity,
+            "capacity_frames": self.cache_frames(latent_shape[1], rolling=rolling),
         }
 
     def streaming_decoder(self) -> Callable[[Tensor], Tensor]:
@@ -210,9 +194,3 @@ class CausalWanModel(CausalModelBase, WanModel):
             **options,
         )
         return velocity.float()
-
-
-def _per_frame(sigma: Tensor, x_t: Tensor) -> Tensor:
-    """Sigma `[B]` or `[B, T]` as `[B, T]`, fp32."""
-    sigma = sigma.float()
-    return sigma if sigma.ndim == 2 else sigma[:, None].expand(-1, x_t.shape[2])

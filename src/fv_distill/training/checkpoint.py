@@ -264,6 +264,7 @@ class CheckpointManager:
         few_step = None
         if sigmas is not None:
             few_step = {"sigmas": list(sigmas), "sample_type": trainer.method.sample_type, "guidance_scale": 1.0}
+        student = trainer.models.get("student")
         return {
             "format": CHECKPOINT_FORMAT,
             "step": trainer.step,
@@ -283,6 +284,7 @@ class CheckpointManager:
                 for name, role in trainer.roles.items()
             },
             "latent_shape": list(trainer.latent_shape),
+            "conditions": {} if student is None else student.condition_shapes(trainer.latent_shape),
             "callbacks": trainer.callbacks.state_dict(),
             "sigma_losses": trainer.log.sigma_losses.state_dict(),
             "versions": package_versions(),

@@ -18,7 +18,7 @@ from fv_distill.estimate.layout import Layout, read_layout
 from fv_distill.estimate.parameters import trained_parameters
 from fv_distill.estimate.published import config_directory
 from fv_distill.estimate.report import as_json, print_estimate
-from fv_distill.estimate.text_encoder import measure_text_encoder
+from fv_distill.estimate.text_encoder import NO_TEXT_ENCODER, measure_text_encoder
 from fv_distill.hardware import peak_flops
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.methods.options import TrajectoryOptions
@@ -99,7 +99,7 @@ def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:
         with torch.device("meta"):
             models = build_models(local)
         student = models["student"]
-        encoder = measure_text_encoder(student.directory)
+        encoder = measure_text_encoder(student.directory) if student.reads_text else NO_TEXT_ENCODER
         text = (config.training.data.text_length, encoder.width)
         for model in models.values():
             _read_no_prompts(model, text)
@@ -139,11 +139,11 @@ def latent_shape(config: RunConfig) -> tuple[int, int, int, int]:
     if data.latent_shape is not None:
         return data.latent_shape
     try:
-        row = ParquetDataset(data.data_path, on_bad_row=data.on_bad_row, cache_dir=data.cache_dir)[0]
+        row = ParquetDataset(data.data_path, required=(), on_bad_row=data.on_bad_row, cache_dir=data.cache_dir)[0]
     except FileNotFoundError as error:
         raise ValueError(
             f"the clips' shape is not known: training.data.data_path={data.data_path!r} is not there to look at; set "
-            "--training.data.latent_shape '[C, T, H, W]', for Wan 2.1 at 480p '[16, 21, 60, 104]'"
+            "--training.data.latent_shape '[C, T, H, W]', such as '[16, 21, 60, 104]'"
         ) from error
     if "vae_latent" in row:
         return tuple(row["vae_latent"].shape)

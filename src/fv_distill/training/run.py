@@ -21,6 +21,7 @@ from fv_distill.config.local_modules import search_beside
 from fv_distill.config.schema import RunConfig
 from fv_distill.console import console
 from fv_distill.data.parquet import ParquetDataset
+from fv_distill.data.schema import REQUIRED_TENSORS
 from fv_distill.export.checkpoint_weights import read_checkpoint_metadata
 from fv_distill.export.convert import convert
 from fv_distill.export.diffusers_dir import check_output
@@ -154,9 +155,17 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
 
 
 def build_dataset(config: RunConfig) -> ParquetDataset:
-    """The rows of `training.data`."""
+    """The rows of `training.data`; they have to hold text if a role's network reads any."""
     data = config.training.data
-    return ParquetDataset(data.data_path, on_bad_row=data.on_bad_row, cache_dir=data.cache_dir)
+    search_beside(config.source_folder)
+    kinds = [resolve_target(model.target) for model in config.models.values()]
+    reads_text = any(kind.reads_text for kind in kinds if isinstance(kind, type) and issubclass(kind, ModelBase))
+    return ParquetDataset(
+        data.data_path,
+        required=REQUIRED_TENSORS if reads_text else (),
+        on_bad_row=data.on_bad_row,
+        cache_dir=data.cache_dir,
+    )
 
 
 def build_trajectory_dataset(config: RunConfig, accelerator: Accelerator, *, dry_run: bool = False) -> ParquetDataset:
@@ -238,7 +247,13 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
             "that the student shall generate"
         )
     student.check_latent_shape(latent_shape, num_frames=num_frames)
-    student.check_text(tuple(row["text_embedding"].shape))
+    if student.reads_text:
+        student.check_text(tuple(row["text_embedding"].shape))
+    elif config.training.data.caption_dropout:
+        raise ValueError(
+            f"training.data.caption_dropout={config.training.data.caption_dropout:g}, but {type(student).__name__} "
+            "reads no text; leave the key out"
+        )
     shapes = {name: tuple(value.shape) for name, value in row.items() if isinstance(value, Tensor)}
     student.check_conditions(shapes, latent_shape)
     conditions = sorted(student.condition_shapes(latent_shape))

@@ -19,10 +19,11 @@ from fv_distill.config.schema import ModelConfig, RunConfig
 from fv_distill.console import console
 from fv_distill.data.loader import BatchMemory, collate
 from fv_distill.data.parquet import ParquetDataset
-from fv_distill.data.schema import SCALARS, write_rows
+from fv_distill.data.schema import REQUIRED_TENSORS, SCALARS, write_rows
 from fv_distill.methods.options import OPTIONS_BY_TARGET, TrajectoryOptions
 from fv_distill.models.base import ModelBase
 from fv_distill.models.conditioning import UncondPolicy, unconditional
+from fv_distill.models.pipeline_index import network_folder
 from fv_distill.rng import generator_for
 from fv_distill.rollouts.ode import STATES, TIMESTEPS, ode_trajectory, trajectory_sigmas
 
@@ -66,8 +67,14 @@ class TrajectoryCache:
         """Make what is missing, each process its share.
 
         Raises:
-            ValueError: if the teacher is for some noise levels only.
+            ValueError: if the teacher is for some noise levels only, or guidance has nothing to lead away from.
         """
+        scale = self.options.teacher_guidance_scale
+        if scale != 1 and not teacher.reads_text:
+            raise ValueError(
+                f"method.teacher_guidance_scale={scale:g}, but {type(teacher).__name__} reads no text, and paths are "
+                "guided away from a negative prompt; set it to 1"
+            )
         if teacher.is_expert:
             raise ValueError(
                 "models.teacher is an expert for a part of the noise levels, and sampling paths go through all of "
@@ -92,7 +99,9 @@ class TrajectoryCache:
         """The paths as rows."""
         assert not self.missing, "made before they are read"
         data = self.config.training.data
-        return ParquetDataset(self.directory, on_bad_row=data.on_bad_row, cache_dir=data.cache_dir)
+        return ParquetDataset(
+            self.directory, required=self.dataset.required, on_bad_row=data.on_bad_row, cache_dir=data.cache_dir
+        )
 
     def _rows(self, file: int, teacher: ModelBase, device: torch.device) -> Iterator[dict[str, Any]]:
         size = self.options.trajectories_per_file
@@ -127,6 +136,8 @@ class TrajectoryCache:
         for row, path in zip(rows, states, strict=True):
             yield {
                 **{name: value for name, value in row.scalars.items() if name in SCALARS},
+                # A network without text has none in its rows.
+                **dict.fromkeys(REQUIRED_TENSORS),
                 **{name: value for name, value in row.tensors.items() if name != "vae_latent"},
                 STATES: path,
                 TIMESTEPS: 1000 * torch.tensor(kept),
@@ -195,7 +206,8 @@ def trajectory_options(config: RunConfig) -> TrajectoryOptions | None:
 
 def _fingerprint(init_from: str) -> str | None:
     """A hash of the transformer's files in a local directory; None for a Hub id, which names its weights itself."""
-    folder = Path(init_from).expanduser() / "transformer"
+    directory = Path(init_from).expanduser()
+    folder = directory / network_folder(directory)
     if not folder.is_dir():
         return None
     digest = hashlib.blake2b(digest_size=16)

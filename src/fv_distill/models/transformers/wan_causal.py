@@ -7,18 +7,14 @@ from typing import Any, cast
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from ..kv_cache import History, KeyValue, KVCache
-from .block_causal import ChunkLayout, FrameMask, cached_mask, masked_attention
-
-Rotary = tuple[Tensor, Tensor]
-
-# WanRotaryPosEmbed's default, which WanTransformer3DModel leaves as it is.
-_ROPE_THETA = 10000.0
+from .block_causal import ChunkLayout, FrameMask, cached_mask
+from .cached_attention import attend_context, attend_frames
+from .rotary import Rotary, clip_table
 
 
 @dataclass(frozen=True)
@@ -83,20 +79,8 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         self, hidden_states: Tensor, rotary_emb: Rotary, context: FrameMask | CachedContext | None
     ) -> tuple[Tensor, KeyValue]:
         """Self-attention, and the frames' own keys and values without a graph."""
-        attn = self.attn1
-        query = apply_rotary(_split_heads(attn, attn.norm_q(attn.to_q(hidden_states))), rotary_emb)
-        key = apply_rotary(_split_heads(attn, attn.norm_k(attn.to_k(hidden_states))), rotary_emb)
-        value = _split_heads(attn, attn.to_v(hidden_states))
-        # Under autocast the norms come out in float32; attention wants one type.
-        query, key = query.type_as(value), key.type_as(value)
-        own = key.detach(), value.detach()
-        if isinstance(context, FrameMask):
-            out = masked_attention(query, key, value, context)
-        else:
-            if isinstance(context, CachedContext):
-                key, value = context.history.extend(key, value)
-            out = _attend(attn, query, key, value)
-        return _project_out(attn, out), own
+        history = context.history if isinstance(context, CachedContext) else context
+        return attend_frames(self.attn1, hidden_states, rotary_emb, history)
 
     def _attend_text(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, context: FrameMask | CachedContext | None
@@ -108,13 +92,7 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         attn = self.attn2
         if not isinstance(context, CachedContext) or torch.is_grad_enabled() or attn.add_k_proj is not None:
             return attn(hidden_states, encoder_hidden_states, None, None), None
-        text = context.text
-        if text is None:
-            key = _split_heads(attn, attn.norm_k(attn.to_k(encoder_hidden_states)))
-            value = _split_heads(attn, attn.to_v(encoder_hidden_states))
-            text = key.type_as(value), value
-        query = _split_heads(attn, attn.norm_q(attn.to_q(hidden_states))).type_as(text[1])
-        return _project_out(attn, _attend(attn, query, *text)), text
+        return attend_context(attn, hidden_states, encoder_hidden_states, context.text)
 
 
 class CausalWanTransformer3DModel(WanTransformer3DModel):
@@ -226,14 +204,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
         The stock table ends at `rope_max_seq_len` frames; computed from the same formula, a clip has no end.
         """
-        time, height, width = self.rope.t_dim, self.rope.h_dim, self.rope.w_dim
-        parts = [
-            [axis_table(run.start, run.stop, time, device) for run in frames],
-            [axis_table(0, rows, height, device)],
-            [axis_table(0, columns, width, device)],
-        ]
-        cos, sin = (_over_tokens(*(torch.cat([table[index] for table in part]) for part in parts)) for index in (0, 1))
-        return cos, sin
+        dims = (self.rope.t_dim, self.rope.h_dim, self.rope.w_dim)
+        return clip_table(frames, rows, columns, dims, device)
 
     def _embed(
         self, timestep: Tensor, text: Tensor, image: Tensor | None, frames: int
@@ -285,45 +257,3 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         output = self.proj_out((self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens))
         patches = output.unflatten(3, (*self.config.patch_size[1:], -1)).unflatten(2, (rows, columns))
         return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
-
-
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def axis_table(first: int, stop: int, dim: int, device: torch.device) -> Rotary:
-    """Cosines and sines of positions `first ... stop - 1` on one axis, `[positions, dim / 2]` (Su et al. 2021).
-
-    In float64 until the end, as in diffusers, and on the CPU, since MPS has no float64.
-    """
-    frequencies = 1.0 / _ROPE_THETA ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angles = torch.outer(torch.arange(first, stop, dtype=torch.float64), frequencies)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
-
-
-def apply_rotary(states: Tensor, rotary: Rotary) -> Tensor:
-    """Turn neighbouring pairs of `[B, tokens, heads, head_dim]` by their token's angles."""
-    cos, sin = rotary
-    even, odd = states[..., 0::2], states[..., 1::2]
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).type_as(states)
-
-
-def _over_tokens(time: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Axis tables `[positions, d]` to one row per token, `[1, tokens, 1, sum of d]`."""
-    shape = (time.shape[0], height.shape[0], width.shape[0], -1)
-    parts = (time[:, None, None].expand(shape), height[:, None].expand(shape), width.expand(shape))
-    return torch.cat(parts, dim=-1).flatten(0, 2)[None, :, None]
-
-
-def _split_heads(attn: WanAttention, states: Tensor) -> Tensor:
-    return states.unflatten(2, (attn.heads, -1))
-
-
-def _project_out(attn: WanAttention, states: Tensor) -> Tensor:
-    projection, dropout = attn.to_out
-    return dropout(projection(states.flatten(2, 3)))
-
-
-def _attend(attn: WanAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention without a mask, by the backend that `set_attention_backend` chose."""
-    processor: Any = attn.processor
-    return dispatch_attention_fn(query, key, value, backend=processor._attention_backend)
