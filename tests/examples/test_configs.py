@@ -9,9 +9,10 @@ import yaml
 from diffusers import WanTransformer3DModel
 
 from fv_distill.config import load_run_config
+from fv_distill.estimate.published import config_directory
 from fv_distill.export import few_step_scheduler
 from fv_distill.methods import OPTIONS_BY_TARGET, DMD2Options, TrajectoryOptions
-from fv_distill.models import WanModel
+from fv_distill.models import LongCatVideoModel, WanModel
 from fv_distill.schedules import few_step_sigmas
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +24,8 @@ PUBLISHED = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
 }
 PARAMETERS = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1.42e9, "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14.29e9}
+# Of other families: the shift that their schedulers are published with.
+OTHER_FAMILIES = {"meituan-longcat/LongCat-Video": 12.0}
 VAE_CONFIG = {
     "scale_factor_temporal": 4,
     "scale_factor_spatial": 8,
@@ -61,15 +64,17 @@ def test_config_is_valid(path):
     assert not config.allow_unknown_keys
     assert path.parent.name in config.training.output_dir
     options = OPTIONS_BY_TARGET[config.method.target].model_validate(config.method.options)
+    known = {*PUBLISHED, *OTHER_FAMILIES}
     for role, model in config.models.items():
         local = model.init_from.startswith("examples/")
-        assert (ROOT / model.init_from / "model_index.json").is_file() if local else model.init_from in PUBLISHED, role
+        assert (ROOT / model.init_from / "model_index.json").is_file() if local else model.init_from in known, role
     data_path = config.training.data.data_path
     assert isinstance(data_path, str)
     assert data_path.startswith("data/") or list((ROOT / data_path).glob("*.parquet"))
     sigmas = None
     if isinstance(options, DMD2Options):
-        shift = config.models["student"].flow_shift or 3.0
+        student = config.models["student"]
+        shift = student.flow_shift or OTHER_FAMILIES.get(student.init_from, 3.0)
         sigmas = few_step_sigmas(options.dmd_denoising_steps, flow_shift=shift, warp=options.warp_denoising_step)
     elif isinstance(options, TrajectoryOptions):
         sigmas = options.sigmas[:-1]
@@ -102,6 +107,18 @@ def test_configs_of_a_published_network_fit_it(published):
         assert tuple(size * factor for size, factor in zip(shape[2:], (8, 8), strict=True)) == (480, 832)
     with pytest.raises(ValueError, match="channels"):
         model.check_latent_shape((4, 21, 60, 104))
+
+
+def test_longcats_configs_fit_its_network():
+    with config_directory("meituan-longcat/LongCat-Video") as directory, torch.device("meta"):
+        model = LongCatVideoModel.from_pretrained(str(directory))
+    assert model.flow_shift == OTHER_FAMILIES["meituan-longcat/LongCat-Video"]
+    paths = [path for path in CONFIGS if "longcat" in path.stem]
+    assert {path.parent.name for path in paths} == {"dmd2", "finetune"}
+    for path in paths:
+        shape = load_run_config(path).training.data.latent_shape or (16, 24, 60, 104)
+        model.check_latent_shape(shape, num_frames=93)
+        model.check_text((5, 4096))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
