@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "base": ["CausalModelBase", "ModelBase"],
         "conditioning": ["Conditioning", "PreparedBatch", "UncondPolicy", "unconditional"],
+        "kandinsky5": ["Kandinsky5Model"],
         "kv_cache": ["KVCache"],
         "longcat": ["LongCatVideoModel"],
         "wan": ["WanModel"],
