@@ -63,7 +63,7 @@ PERMITTED = {
 }
 NO_CONCRETE_MODEL = {"data", "export", "evaluation"}
 MODEL_BASES = {f"fv_distill.models.{name}" for name in ("base", "conditioning", "pretrained", "pipeline_index")}
-FAMILIES = {"wan", "wan_causal", "hunyuan", "cosmos", "longcat", "matrixgame2", "kandinsky5"}
+FAMILIES = {"wan", "wan_causal", "hunyuan", "cosmos", "longcat", "matrixgame2", "kandinsky5", "ltx2"}
 
 
 def imports_of(source: str, package: list[str]) -> Iterator[str]:

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = attach(
         "kandinsky5": ["Kandinsky5Model"],
         "kv_cache": ["KVCache"],
         "longcat": ["LongCatVideoModel"],
+        "ltx2": ["LTX2VideoModel"],
         "wan": ["WanModel"],
         "wan_causal": ["CausalWanModel"],
     },

@@ -73,10 +73,15 @@ def read_flow_shift(directory: Path) -> float:
     """The shift in a pipeline's scheduler config: `flow_shift` (UniPC) or `shift` (flow-match Euler).
 
     Raises:
-        ValueError: if the scheduler has neither.
+        ValueError: if the scheduler has neither, or one that depends on the clip.
     """
     path = directory / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
+    if config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"{path} has use_dynamic_shifting: the shift depends on the size of the clip. Set "
+            "models.<role>.flow_shift to that of yours, exp(mu) with the pipeline's mu"
+        )
     for key in ("flow_shift", "shift"):
         if config.get(key) is not None:
             return float(config[key])

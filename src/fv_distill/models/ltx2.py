@@ -1,0 +1,202 @@
+"""LTX-2 without its sound, over diffusers' `LTX2VideoTransformer3DModel`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from diffusers import LTX2VideoTransformer3DModel
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from . import given_frames
+from .base import ModelBase
+from .conditioning import Conditioning
+from .latent_checks import check_clip_shape
+from .ltx2_encoders import LTX2Encoders
+from .pretrained import load_component_config
+
+_ATTENTION = tuple(f"{layer}.{part}" for layer in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out.0"))
+# Parts of names of what the picture doesn't depend on: the sound's own branch, and what goes between the two.
+_SOUND = ("audio", "av_cross_attn", "a2v")
+
+
+class LTX2VideoModel(ModelBase):
+    """The network's output is the velocity and its timestep is 1000 sigma, per token; its modalities are isolated.
+
+    Picture and sound don't see each other then, as in a pass of the pipeline's modality guidance. The sound's branch
+    runs on one empty token, its weights stay as they are.
+
+    Args:
+        transformer: the network.
+        directory: see `ModelBase`.
+        fps: frames per second, which positions in time are scaled by.
+        condition_frames: of the student, how many of a clip's first latent frames are given to all roles: 1 is
+            image-to-video, 0 is text-to-video; see `LongCatVideoModel`.
+        kwargs: see `ModelBase`.
+
+    Raises:
+        ValueError: for a frame rate that is not positive, or a negative number of frames.
+    """
+
+    network_class = LTX2VideoTransformer3DModel
+    encoders_class = LTX2Encoders
+    takes_sigma_per_frame = False
+    lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": _ATTENTION,
+        "all": (*_ATTENTION, "ff.net.0.proj", "ff.net.2"),
+    }
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        *,
+        directory: str | Path,
+        fps: float = 24.0,
+        condition_frames: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(transformer, directory=directory, **kwargs)
+        network = cast(Any, transformer)
+        self.network_config = network.config
+        # diffusers lists the blocks for compilation only; sharding looks for them here.
+        network._no_split_modules = list(network._repeated_blocks)
+        for name, parameter in network.named_parameters():
+            if _is_sound(name):
+                parameter.requires_grad_(False)
+        self._set_options(fps, condition_frames)
+        self.latents_mean, self.latents_std = _read_statistics(self.directory)
+        self.scaling_factor = float(load_component_config(self.directory, "vae").get("scaling_factor", 1.0))
+
+    def _set_options(self, fps: float, condition_frames: int) -> None:
+        if fps <= 0:
+            raise ValueError(f"fps={fps:g} must be positive")
+        self.fps = fps
+        self.condition_frames = given_frames.check_condition_frames(condition_frames)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        init_from: str,
+        *,
+        fps: float = 24.0,
+        condition_frames: int = 0,
+        trainable: bool = False,
+        flow_shift: float | None = None,
+        dtype: str | torch.dtype = "float32",
+        weights: str | None = None,
+        gradient_checkpointing: bool = False,
+        attention_backend: str | None = None,
+        negative_prompt: str = "",
+        text_length: int = 1024,
+    ) -> Self:
+        """See `ModelBase.from_pretrained`, and this class for its own arguments."""
+        model = super().from_pretrained(
+            init_from,
+            trainable=trainable,
+            flow_shift=flow_shift,
+            dtype=dtype,
+            weights=weights,
+            gradient_checkpointing=gradient_checkpointing,
+            attention_backend=attention_backend,
+            negative_prompt=negative_prompt,
+            text_length=text_length,
+        )
+        model._set_options(fps, condition_frames)
+        return model
+
+    @classmethod
+    def check_network(cls, network_config: Any, directory: Path) -> None:
+        """See `ModelBase.check_network`."""
+        if network_config.patch_size != 1 or network_config.patch_size_t != 1:
+            raise ValueError(f"{directory} has patches of several latents; LTX-2 is published without")
+
+    def is_trained(self, name: str) -> bool:
+        """See `RoleNetwork.is_trained`; the sound's branch never is."""
+        return super().is_trained(name) and not _is_sound(name)
+
+    def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """See `ModelBase.predict_velocity`; sigma is `[B]`, as parts of the network have one time per clip."""
+        assert sigma.ndim == 1, "one noise level per clip; see takes_sigma_per_frame"
+        given = conditioning.extras.get(given_frames.COLUMN)
+        if given is None:
+            return self._velocity(x_t, given_frames.per_frame(sigma, x_t), sigma, conditioning)
+        frames, levels = given_frames.put_in_place(x_t, sigma, given)
+        return given_frames.lead_to(given, x_t, sigma, self._velocity(frames, levels, sigma, conditioning))
+
+    def _velocity(self, latents: Tensor, levels: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.text is not None, "LTX-2 has no network without text; see required_channels"
+        batch, _, frames, height, width = latents.shape
+        config, text = self.network_config, conditioning.text.to(self.dtype)
+        sound_width = config.caption_channels if config.use_prompt_embeddings else config.audio_cross_attention_dim
+        velocity, _ = self.call_network(
+            hidden_states=latents.flatten(2).transpose(1, 2).to(self.dtype),
+            audio_hidden_states=text.new_zeros(batch, 1, config.audio_in_channels),
+            encoder_hidden_states=text,
+            audio_encoder_hidden_states=text.new_zeros(batch, 1, sound_width),
+            timestep=1000 * levels.repeat_interleave(height * width, dim=1),
+            audio_timestep=1000 * sigma.float(),
+            sigma=1000 * sigma.float(),
+            encoder_attention_mask=None if conditioning.text_mask is None else conditioning.text_mask.to(self.dtype),
+            num_frames=frames,
+            height=height,
+            width=width,
+            fps=self.fps,
+            audio_num_frames=1,
+            isolate_modalities=True,
+            return_dict=False,
+        )
+        return velocity.transpose(1, 2).unflatten(2, (frames, height, width)).float()
+
+    def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
+        conditioning = super()._conditioning(batch)
+        return given_frames.give_frames(conditioning, batch, self.condition_frames, self.normalize_latents)
+
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        """`(latents - mean) * scaling_factor / std` with the VAE's per-channel statistics, fp32."""
+        mean, std = self.latents_mean.to(latents.device), self.latents_std.to(latents.device)
+        return (latents.float() - mean) * self.scaling_factor / std
+
+    def raw_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalize_latents`, see `ModelBase.raw_latents`."""
+        mean, std = self.latents_mean.to(latents.device), self.latents_std.to(latents.device)
+        return latents.float() * std / self.scaling_factor + mean
+
+    def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
+        """See `ModelBase.check_latent_shape`."""
+        check_clip_shape(
+            shape,
+            channels=self.network_config.in_channels,
+            patch_size=(1, 1, 1),
+            temporal_factor=self.network_config.vae_scale_factors[0],
+            num_frames=num_frames,
+            directory=self.directory,
+        )
+        given_frames.check_condition_frames(self.condition_frames, shape[1])
+
+    def check_text(self, shape: Sequence[int]) -> None:
+        """See `ModelBase.check_text`."""
+        config = self.network_config
+        width = config.caption_channels if config.use_prompt_embeddings else config.cross_attention_dim
+        if shape[-1] != width:
+            raise ValueError(
+                f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, which reads its connectors' "
+                f"{width} channels; encode the captions with this model's own text encoder and connectors"
+            )
+
+
+def _is_sound(name: str) -> bool:
+    return any(part in name for part in _SOUND)
+
+
+def _read_statistics(directory: Path) -> tuple[Tensor, Tensor]:
+    """The per-channel mean and deviation, which LTX-2's VAE keeps among its weights."""
+    channels = int(load_component_config(directory, "vae")["latent_channels"])
+    found = {"latents_mean": torch.zeros(channels), "latents_std": torch.ones(channels)}
+    # An estimate, on the meta device, has configs without weights.
+    if torch.get_default_device().type != "meta":
+        for file in sorted((directory / "vae").glob("*.safetensors")):
+            with safe_open(file, framework="pt") as weights:
+                found |= {name: weights.get_tensor(name).float() for name in found if name in weights.keys()}  # noqa: SIM118
+    mean, std = (value.view(1, -1, 1, 1, 1) for value in found.values())
+    return mean, std
