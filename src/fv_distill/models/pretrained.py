@@ -97,7 +97,7 @@ def load_network(
     weights: str | None,
     gradient_checkpointing: bool,
     attention_backend: str | None,
-    component: str = "transformer",
+    subfolder: str = "transformer",
 ) -> nn.Module:
     """A directory's network; errors as in `ModelBase.from_pretrained`.
 
@@ -111,9 +111,9 @@ def load_network(
         weights: see `ModelBase.from_pretrained`.
         gradient_checkpointing: see `ModelBase.from_pretrained`.
         attention_backend: see `ModelBase.from_pretrained`.
-        component: the pipeline's name for it.
+        subfolder: where in the directory it is; see also `network_folder`.
     """
-    subfolder = network_folder(directory, component)
+    subfolder = network_folder(directory, subfolder)
     is_meta = torch.get_default_device().type == "meta"
     transformer: Any = (
         _without_weights(network_class, directory, subfolder, parse_dtype(dtype))
