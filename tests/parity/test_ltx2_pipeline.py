@@ -32,9 +32,8 @@ def model(directory):
     return LTX2VideoModel.from_pretrained(str(directory), text_length=TEXT_LENGTH, flow_shift=8.0)
 
 
-def run_pipeline(pipeline, noise, *, steps=1, isolated=True):
+def run_pipeline(pipeline, noise, options, *, steps=1):
     """Normalised latents."""
-    options = {"modality_scale": 0.0, "audio_modality_scale": 2.0} if isolated else {"modality_scale": 1.0}
     latents = pipeline(
         PROMPT,
         height=64,
@@ -44,16 +43,10 @@ def run_pipeline(pipeline, noise, *, steps=1, isolated=True):
         latents=pipeline._denormalize_latents(noise, *statistics(pipeline)),
         generator=torch.Generator().manual_seed(1),
         num_inference_steps=steps,
-        guidance_scale=1.0,
-        audio_guidance_scale=1.0,
-        stg_scale=0.0,
-        audio_stg_scale=0.0,
-        guidance_rescale=0.0,
-        audio_guidance_rescale=0.0,
         max_sequence_length=TEXT_LENGTH,
         output_type="latent",
         return_dict=False,
-        **options if isolated else {**options, "audio_modality_scale": 1.0},
+        **options,
     )[0]
     return pipeline._normalize_latents(latents, *statistics(pipeline))
 
@@ -78,11 +71,13 @@ def noise():
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_denoising_equals_the_pipelines(pipeline, model, noise, steps):
-    expected = run_pipeline(pipeline, noise, steps=steps)
+    options = model.sampling_arguments(1.0)
+    expected = run_pipeline(pipeline, noise, options, steps=steps)
     assert (expected - noise).abs().max() > 1e-2
     torch.testing.assert_close(run_adapter(model, pipeline, noise), expected, atol=1e-5, rtol=0)
     # Beside the sound, the picture is another one.
-    assert (run_pipeline(pipeline, noise, steps=steps, isolated=False) - expected).abs().max() > 1e-4
+    beside = {**options, "modality_scale": 1.0, "audio_modality_scale": 1.0}
+    assert (run_pipeline(pipeline, noise, beside, steps=steps) - expected).abs().max() > 1e-4
 
 
 def test_text_is_the_connectors(pipeline, model):

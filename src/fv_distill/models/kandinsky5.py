@@ -110,6 +110,10 @@ class Kandinsky5Model(ModelBase):
         """`latents / scaling_factor`, see `ModelBase.raw_latents`."""
         return latents.float() / self.scaling_factor
 
+    def extra_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """See `ModelBase.extra_shapes`."""
+        return {_POOLED: (self.network_config.in_text_dim2,)}
+
     def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
         """See `ModelBase.check_latent_shape`."""
         check_clip_shape(

@@ -162,6 +162,24 @@ class LTX2VideoModel(ModelBase):
         mean, std = self.latents_mean.to(latents.device), self.latents_std.to(latents.device)
         return latents.float() * std / self.scaling_factor + mean
 
+    def sampling_arguments(self, guidance_scale: float | None) -> dict[str, Any]:
+        """See `ModelBase.sampling_arguments`; without guidance the picture is made as in training, blind to the sound.
+
+        The pipeline then subtracts from its picture what the sound has changed, which takes it a second pass.
+        """
+        if guidance_scale is None:
+            return {"frame_rate": self.fps}
+        scales = {"guidance_scale": guidance_scale, "audio_guidance_scale": guidance_scale}
+        if guidance_scale != 1:
+            return {"frame_rate": self.fps, **scales}
+        blind = {"modality_scale": 0.0, "audio_modality_scale": 2.0, "stg_scale": 0.0, "audio_stg_scale": 0.0}
+        return {"frame_rate": self.fps, **scales, **blind, "guidance_rescale": 0.0, "audio_guidance_rescale": 0.0}
+
+    def text_width(self, encoder_width: int) -> int:
+        """See `ModelBase.text_width`; the text is what the connectors make of all layers of the encoder."""
+        config = self.network_config
+        return int(config.caption_channels if config.use_prompt_embeddings else config.cross_attention_dim)
+
     def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
         """See `ModelBase.check_latent_shape`."""
         check_clip_shape(
@@ -176,8 +194,7 @@ class LTX2VideoModel(ModelBase):
 
     def check_text(self, shape: Sequence[int]) -> None:
         """See `ModelBase.check_text`."""
-        config = self.network_config
-        width = config.caption_channels if config.use_prompt_embeddings else config.cross_attention_dim
+        width = self.text_width(0)
         if shape[-1] != width:
             raise ValueError(
                 f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, which reads its connectors' "
