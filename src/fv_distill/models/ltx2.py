@@ -6,19 +6,23 @@ from typing import Any, ClassVar, Self, cast
 
 import torch
 from diffusers import LTX2VideoTransformer3DModel
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from . import given_frames
 from .base import ModelBase
 from .conditioning import Conditioning
 from .latent_checks import check_clip_shape
-from .ltx2_encoders import LTX2Encoders
-from .pretrained import load_component_config
+from .ltx2_encoders import LTX2Encoders, read_statistics
 
 _ATTENTION = tuple(f"{layer}.{part}" for layer in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out.0"))
 # Parts of names of what the picture doesn't depend on: the sound's own branch, and what goes between the two.
 _SOUND = ("audio", "av_cross_attn", "a2v")
+
+# The pipeline's arguments for a picture that is blind to the sound and not guided; it takes a second pass for that.
+_BLIND = {
+    **{"modality_scale": 0.0, "audio_modality_scale": 2.0, "stg_scale": 0.0, "audio_stg_scale": 0.0},
+    **{"guidance_rescale": 0.0, "audio_guidance_rescale": 0.0},
+}
 
 
 class LTX2VideoModel(ModelBase):
@@ -31,8 +35,7 @@ class LTX2VideoModel(ModelBase):
         transformer: the network.
         directory: see `ModelBase`.
         fps: frames per second, which positions in time are scaled by.
-        condition_frames: of the student, how many of a clip's first latent frames are given to all roles: 1 is
-            image-to-video, 0 is text-to-video; see `LongCatVideoModel`.
+        condition_frames: of the student, how many of a clip's first latent frames are given, 1 for image-to-video.
         kwargs: see `ModelBase`.
 
     Raises:
@@ -65,14 +68,12 @@ class LTX2VideoModel(ModelBase):
             if _is_sound(name):
                 parameter.requires_grad_(False)
         self._set_options(fps, condition_frames)
-        self.latents_mean, self.latents_std = _read_statistics(self.directory)
-        self.scaling_factor = float(load_component_config(self.directory, "vae").get("scaling_factor", 1.0))
+        self.latents_mean, self.latents_std = read_statistics(self.directory)
 
     def _set_options(self, fps: float, condition_frames: int) -> None:
         if fps <= 0:
             raise ValueError(f"fps={fps:g} must be positive")
-        self.fps = fps
-        self.condition_frames = given_frames.check_condition_frames(condition_frames)
+        self.fps, self.condition_frames = fps, given_frames.check_condition_frames(condition_frames)
 
     @classmethod
     def from_pretrained(
@@ -153,27 +154,19 @@ class LTX2VideoModel(ModelBase):
         return given_frames.give_frames(conditioning, batch, self.condition_frames, self.normalize_latents)
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
-        """`(latents - mean) * scaling_factor / std` with the VAE's per-channel statistics, fp32."""
-        mean, std = self.latents_mean.to(latents.device), self.latents_std.to(latents.device)
-        return (latents.float() - mean) * self.scaling_factor / std
+        """`(latents - mean) / std` with the VAE's per-channel statistics, fp32."""
+        return (latents.float() - self.latents_mean.to(latents.device)) / self.latents_std.to(latents.device)
 
     def raw_latents(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalize_latents`, see `ModelBase.raw_latents`."""
-        mean, std = self.latents_mean.to(latents.device), self.latents_std.to(latents.device)
-        return latents.float() * std / self.scaling_factor + mean
+        """`latents * std + mean`, see `ModelBase.raw_latents`."""
+        return latents.float() * self.latents_std.to(latents.device) + self.latents_mean.to(latents.device)
 
     def sampling_arguments(self, guidance_scale: float | None) -> dict[str, Any]:
-        """See `ModelBase.sampling_arguments`; without guidance the picture is made as in training, blind to the sound.
-
-        The pipeline then subtracts from its picture what the sound has changed, which takes it a second pass.
-        """
-        if guidance_scale is None:
-            return {"frame_rate": self.fps}
-        scales = {"guidance_scale": guidance_scale, "audio_guidance_scale": guidance_scale}
-        if guidance_scale != 1:
-            return {"frame_rate": self.fps, **scales}
-        blind = {"modality_scale": 0.0, "audio_modality_scale": 2.0, "stg_scale": 0.0, "audio_stg_scale": 0.0}
-        return {"frame_rate": self.fps, **scales, **blind, "guidance_rescale": 0.0, "audio_guidance_rescale": 0.0}
+        """See `ModelBase.sampling_arguments`; without guidance the picture is made blind to the sound."""
+        call: dict[str, Any] = {"frame_rate": self.fps}
+        if guidance_scale is not None:
+            call |= {"guidance_scale": guidance_scale, "audio_guidance_scale": guidance_scale}
+        return {**call, **_BLIND} if guidance_scale == 1 else call
 
     def text_width(self, encoder_width: int) -> int:
         """See `ModelBase.text_width`; the text is what the connectors make of all layers of the encoder."""
@@ -204,16 +197,3 @@ class LTX2VideoModel(ModelBase):
 
 def _is_sound(name: str) -> bool:
     return any(part in name for part in _SOUND)
-
-
-def _read_statistics(directory: Path) -> tuple[Tensor, Tensor]:
-    """The per-channel mean and deviation, which LTX-2's VAE keeps among its weights."""
-    channels = int(load_component_config(directory, "vae")["latent_channels"])
-    found = {"latents_mean": torch.zeros(channels), "latents_std": torch.ones(channels)}
-    # An estimate, on the meta device, has configs without weights.
-    if torch.get_default_device().type != "meta":
-        for file in sorted((directory / "vae").glob("*.safetensors")):
-            with safe_open(file, framework="pt") as weights:
-                found |= {name: weights.get_tensor(name).float() for name in found if name in weights.keys()}  # noqa: SIM118
-    mean, std = (value.view(1, -1, 1, 1, 1) for value in found.values())
-    return mean, std

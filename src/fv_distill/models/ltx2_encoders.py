@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLLTX2Video, LTX2Pipeline
+from safetensors import safe_open
 from torch import Tensor
 
 from .conditioning import Conditioning
 from .encoders import Encoders
+from .pretrained import load_component_config
 
 
 class LTX2Encoders(Encoders):
@@ -54,3 +57,18 @@ class LTX2Encoders(Encoders):
         """See `Encoders.decode`."""
         video = self.vae.decode(latents.to(self.device, self.vae.dtype), None, return_dict=False)[0]
         return (video.float() / 2 + 0.5).clamp(0, 1)
+
+
+def read_statistics(directory: Path) -> tuple[Tensor, Tensor]:
+    """The per-channel mean and scaled deviation of latents `[1, C, 1, 1, 1]`; the VAE has them among its weights."""
+    config = load_component_config(directory, "vae")
+    channels = int(config["latent_channels"])
+    found = {"latents_mean": torch.zeros(channels), "latents_std": torch.ones(channels)}
+    # An estimate, on the meta device, has configs without weights.
+    if torch.get_default_device().type != "meta":
+        for file in sorted((directory / "vae").glob("*.safetensors")):
+            with safe_open(file, framework="pt") as weights:
+                present = set(weights.keys()) & found.keys()
+                found |= {name: weights.get_tensor(name).float() for name in present}
+    mean, std = (found[name].view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return mean, std / float(config.get("scaling_factor", 1.0))
