@@ -1,18 +1,19 @@
 """Every config in examples/ is valid, and those of Wan fit the networks as they were published."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from diffusers import Kandinsky5Transformer3DModel, WanTransformer3DModel
+from diffusers import Kandinsky5Transformer3DModel, LTX2VideoTransformer3DModel, WanTransformer3DModel
 
 from fv_distill.config import load_run_config
 from fv_distill.estimate.published import config_directory
 from fv_distill.export import few_step_scheduler
 from fv_distill.methods import OPTIONS_BY_TARGET, DMD2Options, TrajectoryOptions
-from fv_distill.models import Kandinsky5Model, LongCatVideoModel, WanModel
+from fv_distill.models import Kandinsky5Model, LongCatVideoModel, LTX2VideoModel, WanModel
 from fv_distill.schedules import few_step_sigmas
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +29,7 @@ PARAMETERS = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1.42e9, "Wan-AI/Wan2.1-T2V-14B
 OTHER_FAMILIES = {
     "meituan-longcat/LongCat-Video": 12.0,
     "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": 5.0,
+    "Lightricks/LTX-2": 16.2,
 }
 VAE_CONFIG = {
     "scale_factor_temporal": 4,
@@ -122,6 +124,29 @@ def test_longcats_configs_fit_its_network():
         shape = load_run_config(path).training.data.latent_shape or (16, 24, 60, 104)
         model.check_latent_shape(shape, num_frames=93)
         model.check_text((5, 4096))
+
+
+def test_ltxs_configs_fit_its_network(tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/config.json").write_text(json.dumps({"latent_channels": 128}))
+    with torch.device("meta"):
+        # diffusers' defaults are the published network's.
+        network = LTX2VideoTransformer3DModel()
+    model = LTX2VideoModel(network, directory=tmp_path, flow_shift=16.2)
+    parameters = list(network.parameters())
+    # 14B for the picture, 5B for the sound, as is published.
+    assert sum(value.numel() for value in parameters) == pytest.approx(19e9, rel=0.05)
+    paths = [path for path in CONFIGS if "ltx2" in path.stem]
+    assert {path.parent.name for path in paths} == {"dmd2", "finetune"}
+    for path in paths:
+        config = load_run_config(path)
+        shape = config.training.data.latent_shape or (128, 16, 16, 24)
+        model.check_latent_shape(shape, num_frames=121)
+        tokens = math.prod(shape[1:])
+        shift = math.exp(0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024))
+        role = next(role for role in config.models.values() if role.flow_shift is not None)
+        assert role.flow_shift == pytest.approx(shift, rel=1e-2)
+    model.check_text((5, 3840))
 
 
 def test_kandinskys_configs_fit_its_network(tmp_path):
