@@ -10,7 +10,7 @@ from torch import Tensor
 from .conditioning import Conditioning
 
 COLUMN = "first_frame_latent"
-"""The data column of raw latents `[C, k, H, W]`; in `Conditioning.extras` it is normalised."""
+"""The data column of normalised latents `[C, k, H, W]`, as FastVideo's preprocessing writes it."""
 
 # Below it the way to a given frame is no longer divided by sigma: x_t is that frame up to a thousandth of noise.
 _SMALLEST_SIGMA = 1e-3
@@ -43,15 +43,15 @@ def give_frames(conditioning: Conditioning, batch: Mapping[str, Any], count: int
     if count == 0:
         return replace(conditioning, extras=extras)
     if "vae_latent" in batch:
-        frames = batch["vae_latent"][:, :, :count]
+        frames = normalize(batch["vae_latent"][:, :, :count])
     elif COLUMN in batch and batch[COLUMN].shape[2] == count:
-        frames = batch[COLUMN]
+        frames = batch[COLUMN].float()
     else:
         raise ValueError(
             f"models.<role>.condition_frames={count}, but the rows hold neither clips nor a {COLUMN} of {count} "
             "latent frames"
         )
-    return replace(conditioning, extras={**extras, COLUMN: normalize(frames)})
+    return replace(conditioning, extras={**extras, COLUMN: frames})
 
 
 def put_in_place(x_t: Tensor, sigma: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
