@@ -1,6 +1,6 @@
 """Clips whose first latent frames are given clean: what a network sees there, and the velocity that leads there."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,10 +31,18 @@ def check_condition_frames(count: int, num_frames: int | None = None) -> int:
     return count
 
 
-def give_frames(conditioning: Conditioning, batch: Mapping[str, Any], count: int, normalize: Any) -> Conditioning:
+def give_frames(
+    conditioning: Conditioning, batch: Mapping[str, Any], count: int, normalize: Callable[[Tensor], Tensor]
+) -> Conditioning:
     """A batch's conditioning with its first `count` latent frames, normalised, or without any for 0.
 
     They are the clips' own where the rows hold clips, which is right for a causal VAE, and else the column's.
+
+    Args:
+        conditioning: of the batch.
+        batch: as the data loader makes it.
+        count: how many are given.
+        normalize: the adapter's `normalize_latents`.
 
     Raises:
         ValueError: if the rows have neither.
