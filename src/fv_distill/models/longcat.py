@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from . import given_frames
+from . import clean_frames
 from .base import ModelBase
 from .conditioning import Conditioning
 from .latent_checks import check_clip_shape
@@ -52,7 +52,7 @@ class LongCatVideoModel(ModelBase):
         self, transformer: nn.Module, *, directory: str | Path, condition_frames: int = 0, **kwargs: Any
     ) -> None:
         super().__init__(transformer, directory=directory, **kwargs)
-        self.condition_frames = given_frames.check_condition_frames(condition_frames)
+        self.condition_frames = clean_frames.check_condition_frames(condition_frames)
         self.network_config = cast(Any, transformer).config
         vae = load_component_config(self.directory, "vae")
         self.temporal_factor = int(vae["scale_factor_temporal"])
@@ -86,21 +86,21 @@ class LongCatVideoModel(ModelBase):
             negative_prompt=negative_prompt,
             text_length=text_length,
         )
-        model.condition_frames = given_frames.check_condition_frames(condition_frames)
+        model.condition_frames = clean_frames.check_condition_frames(condition_frames)
         return model
 
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelBase.predict_velocity`."""
-        given = conditioning.extras.get(given_frames.COLUMN)
+        given = conditioning.extras.get(clean_frames.COLUMN)
         if given is None:
             return self._velocity(x_t, sigma.float(), conditioning)
-        frames, levels = given_frames.put_in_place(x_t, sigma, given)
+        frames, levels = clean_frames.put_in_place(x_t, sigma, given)
         velocity = self._velocity(frames, levels, conditioning, num_cond_latents=given.shape[2])
-        return given_frames.lead_to(given, x_t, sigma, velocity)
+        return clean_frames.lead_to(given, x_t, sigma, velocity)
 
     def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
         conditioning = super()._conditioning(batch)
-        return given_frames.give_frames(conditioning, batch, self.condition_frames, self.normalize_latents)
+        return clean_frames.give_frames(conditioning, batch, self.condition_frames, self.normalize_latents)
 
     def _velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, **options: Any) -> Tensor:
         assert conditioning.text is not None, "LongCat-Video has no network without text; see required_channels"
@@ -132,7 +132,7 @@ class LongCatVideoModel(ModelBase):
             num_frames=num_frames,
             directory=self.directory,
         )
-        given_frames.check_condition_frames(self.condition_frames, shape[1])
+        clean_frames.check_condition_frames(self.condition_frames, shape[1])
 
     def check_text(self, shape: Sequence[int]) -> None:
         """See `ModelBase.check_text`."""

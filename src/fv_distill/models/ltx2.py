@@ -8,7 +8,7 @@ import torch
 from diffusers import LTX2VideoTransformer3DModel
 from torch import Tensor, nn
 
-from . import given_frames
+from . import clean_frames
 from .base import ModelBase
 from .conditioning import Conditioning
 from .latent_checks import check_clip_shape
@@ -73,7 +73,7 @@ class LTX2VideoModel(ModelBase):
     def _set_options(self, fps: float, condition_frames: int) -> None:
         if fps <= 0:
             raise ValueError(f"fps={fps:g} must be positive")
-        self.fps, self.condition_frames = fps, given_frames.check_condition_frames(condition_frames)
+        self.fps, self.condition_frames = fps, clean_frames.check_condition_frames(condition_frames)
 
     @classmethod
     def from_pretrained(
@@ -119,11 +119,11 @@ class LTX2VideoModel(ModelBase):
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelBase.predict_velocity`; sigma is `[B]`, as parts of the network have one time per clip."""
         assert sigma.ndim == 1, "one noise level per clip; see takes_sigma_per_frame"
-        given = conditioning.extras.get(given_frames.COLUMN)
+        given = conditioning.extras.get(clean_frames.COLUMN)
         if given is None:
-            return self._velocity(x_t, given_frames.per_frame(sigma, x_t), sigma, conditioning)
-        frames, levels = given_frames.put_in_place(x_t, sigma, given)
-        return given_frames.lead_to(given, x_t, sigma, self._velocity(frames, levels, sigma, conditioning))
+            return self._velocity(x_t, clean_frames.per_frame(sigma, x_t), sigma, conditioning)
+        frames, levels = clean_frames.put_in_place(x_t, sigma, given)
+        return clean_frames.lead_to(given, x_t, sigma, self._velocity(frames, levels, sigma, conditioning))
 
     def _velocity(self, latents: Tensor, levels: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         assert conditioning.text is not None, "LTX-2 has no network without text; see required_channels"
@@ -151,7 +151,7 @@ class LTX2VideoModel(ModelBase):
 
     def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
         conditioning = super()._conditioning(batch)
-        return given_frames.give_frames(conditioning, batch, self.condition_frames, self.normalize_latents)
+        return clean_frames.give_frames(conditioning, batch, self.condition_frames, self.normalize_latents)
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """`(latents - mean) / std` with the VAE's per-channel statistics, fp32."""
@@ -183,7 +183,7 @@ class LTX2VideoModel(ModelBase):
             num_frames=num_frames,
             directory=self.directory,
         )
-        given_frames.check_condition_frames(self.condition_frames, shape[1])
+        clean_frames.check_condition_frames(self.condition_frames, shape[1])
 
     def check_text(self, shape: Sequence[int]) -> None:
         """See `ModelBase.check_text`."""
