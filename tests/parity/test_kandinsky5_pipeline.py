@@ -125,6 +125,14 @@ def test_sparse_networks_are_refused(tmp_path):
         Kandinsky5Model.from_pretrained(str(directory))
 
 
+def test_image_to_video_is_refused(tmp_path):
+    directory = make_tiny_kandinsky5_directory(tmp_path / "i2v")
+    index = directory / "model_index.json"
+    index.write_text(index.read_text().replace("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline"))
+    with pytest.raises(ValueError, match="only text-to-video is handled"):
+        Kandinsky5Model.from_pretrained(str(directory))
+
+
 @pytest.mark.parametrize(("preset", "count"), [("attention", 20), ("all", 26), ("linear", 36)])
 def test_lora_presets_match_the_layers_they_name(directory, preset, count):
     model = Kandinsky5Model.from_pretrained(str(directory))

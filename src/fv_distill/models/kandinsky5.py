@@ -12,6 +12,7 @@ from .base import ModelBase
 from .conditioning import Conditioning
 from .kandinsky5_encoders import Kandinsky5Encoders
 from .latent_checks import check_clip_shape
+from .pipeline_index import read_index
 from .pretrained import load_component_config
 
 _POOLED = "pooled_text_embedding"
@@ -65,8 +66,9 @@ class Kandinsky5Model(ModelBase):
                 f"{directory} has {network_config.attention_type} attention, which its 10 second models have: it is "
                 "sparse, and its kernel is not handled; use a 5 second model"
             )
-        if network_config.in_visual_dim != network_config.out_visual_dim:
-            raise ValueError(f"{directory} reads {network_config.in_visual_dim} channels and is no text-to-video model")
+        name = read_index(directory)["_class_name"]
+        if name != "Kandinsky5T2VPipeline":
+            raise ValueError(f"{directory} is a {name}; of Kandinsky 5 only text-to-video is handled")
 
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelBase.predict_velocity`; sigma is `[B]`, as the network has one time embedding per clip."""
