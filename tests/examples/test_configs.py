@@ -10,7 +10,7 @@ import yaml
 from diffusers import Kandinsky5Transformer3DModel, LTX2VideoTransformer3DModel, WanTransformer3DModel
 
 from fv_distill.config import load_run_config
-from fv_distill.estimate.published import config_directory
+from fv_distill.estimate.published import config_directory, published_models
 from fv_distill.export import few_step_scheduler
 from fv_distill.methods import OPTIONS_BY_TARGET, DMD2Options, TrajectoryOptions
 from fv_distill.models import Kandinsky5Model, LongCatVideoModel, LTX2VideoModel, WanModel
@@ -18,6 +18,8 @@ from fv_distill.schedules import few_step_sigmas
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
+# What other configs make.
+EXPORTS = {(yaml.safe_load(path.read_text()).get("pipeline") or {}).get("export_dir") for path in CONFIGS} - {None}
 
 # `transformer/config.json` of the two repositories on the Hub.
 PUBLISHED = {
@@ -69,10 +71,10 @@ def test_config_is_valid(path):
     assert not config.allow_unknown_keys
     assert path.parent.name in config.training.output_dir
     options = OPTIONS_BY_TARGET[config.method.target].model_validate(config.method.options)
-    known = {*PUBLISHED, *OTHER_FAMILIES}
     for role, model in config.models.items():
         local = model.init_from.startswith("examples/")
-        assert (ROOT / model.init_from / "model_index.json").is_file() if local else model.init_from in known, role
+        known = model.init_from in published_models() or model.init_from in {*EXPORTS, *OTHER_FAMILIES}
+        assert (ROOT / model.init_from / "model_index.json").is_file() if local else known, role
     data_path = config.training.data.data_path
     assert isinstance(data_path, str)
     assert data_path.startswith("data/") or list((ROOT / data_path).glob("*.parquet"))

@@ -19,6 +19,7 @@ def make_meta_batch(clip: "Clip") -> dict[str, Any]:
         "latent_shape": clip.latents,
         "sample_index": list(range(size)),
         "num_bad_rows": 0,
+        **{name: torch.empty(size, *shape, device="meta") for name, shape in clip.conditions.items()},
     }
     if clip.trajectories is None:
         return batch | {"vae_latent": torch.empty(size, *clip.latents, device="meta")}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.optim import Optimizer
@@ -30,6 +30,7 @@ class Clip:
         latents: `[C, T, H, W]`.
         text: `[L, D]`.
         trajectories: of the paths that are trained on instead of clips.
+        conditions: shapes of the data columns beside text.
     """
 
     batch_size: int
@@ -37,6 +38,7 @@ class Clip:
     latents: tuple[int, int, int, int]
     text: tuple[int, int]
     trajectories: TrajectoryOptions | None = None
+    conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

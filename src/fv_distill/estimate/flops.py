@@ -157,7 +157,9 @@ def _make_inputs(model: ModelBase, call: NetworkCall, shape: ClipShape, start_fr
     channels, frames, height, width = shape.latents
     dtype = model.dtype
     text = torch.empty(shape.batch_size, *shape.text, device="meta", dtype=dtype)
-    conditioning = Conditioning(text, torch.ones(text.shape[:2], dtype=torch.bool, device="meta"))
+    conditions = model.condition_shapes(shape.latents).items()
+    extras = {name: torch.empty(shape.batch_size, *size, device="meta") for name, size in conditions}
+    conditioning = Conditioning(text, torch.ones(text.shape[:2], dtype=torch.bool, device="meta"), extras)
     cache = None
     if call.span == "chunk":
         assert isinstance(model, CausalModelBase)

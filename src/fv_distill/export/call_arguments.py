@@ -1,8 +1,11 @@
 """The arguments that a pipeline has to be called with to make clips like those that a student was trained on."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from fv_distill.models.pipeline_index import pipeline_class
 from fv_distill.models.pretrained import load_component_config
 
 
@@ -24,3 +27,22 @@ def training_call_arguments(directory: Path, latent_shape: Sequence[int], *, tex
         "num_frames": (frames - 1) * factor + (1 if factor > 1 else 0),
         "max_sequence_length": text_length,
     }
+
+
+def needs_image(kind: Any) -> bool:
+    """Whether a pipeline can't be called without the first frame, `image`."""
+    parameter = inspect.signature(kind.__call__).parameters.get("image")
+    return parameter is not None and parameter.default is parameter.empty
+
+
+def takes_image(kind: Any) -> bool:
+    """Whether a pipeline can be called with a first frame, `image`."""
+    return "image" in inspect.signature(kind.__call__).parameters
+
+
+def pipeline_of(directory: Path, pipeline_config: Mapping[str, Any] | None = None) -> Any:
+    """The class that a directory names, or `pipeline_config` in its stead; None if no such is known."""
+    try:
+        return pipeline_class(directory, pipeline_config)
+    except ValueError:
+        return None

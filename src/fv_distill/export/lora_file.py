@@ -21,7 +21,6 @@ from .wan_keys import to_original_key
 from .weights_file import check_output_file, write_weights_file
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-_COMPONENT = "transformer"
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def export_lora_directory(
     """
     output_dir, base = Path(output_dir), resolve_directory(info.base_model)
     check_output(output_dir, base, overwrite=overwrite, ours=(DIFFUSERS_FILE,))
-    pipeline_class = _pipeline_class(base)
+    pipeline_class = _pipeline_class(base, info.pipeline_config)
     with replaced_directory(output_dir) as partial:
         pipeline_class.save_lora_weights(
             partial,
@@ -99,15 +98,20 @@ def write_comfyui_lora(output_file: str | Path, lora: LoraWeights, *, overwrite:
 
 
 @torch.no_grad()
-def merge_lora(base_model: str, lora: LoraWeights) -> dict[str, Tensor]:
+def merge_lora(base_model: str, lora: LoraWeights, *, component: str = "transformer") -> dict[str, Tensor]:
     """The base network's weights with the adapter in them, by PEFT's own merging, in the type that the base is kept in.
+
+    Args:
+        base_model: the directory or Hub id.
+        lora: the adapter.
+        component: the pipeline's name of the network.
 
     Raises:
         ValueError: if the adapter doesn't fit the network.
     """
     base = resolve_directory(base_model)
-    kind = component_class(base, _COMPONENT)
-    stored = kind.from_pretrained(base, subfolder=network_folder(base), torch_dtype="auto")
+    kind = component_class(base, component)
+    stored = kind.from_pretrained(base, subfolder=network_folder(base, component), torch_dtype="auto")
     types = {name: value.dtype for name, value in stored.state_dict().items()}
     # Merged in float32: what an adapter adds is often smaller than half a unit of bf16.
     transformer: Any = stored.to(torch.float32)
@@ -139,8 +143,8 @@ def _peft_metadata(spec: LoraSpec) -> dict[str, Any]:
     return {**{key: config[key] for key in kept}, "target_modules": sorted(spec.target_modules)}
 
 
-def _pipeline_class(base: Path) -> Any:
-    kind = pipeline_class(base)
+def _pipeline_class(base: Path, pipeline_config: Mapping[str, Any]) -> Any:
+    kind = pipeline_class(base, pipeline_config)
     if not hasattr(kind, "save_lora_weights"):
         raise ValueError(f"{kind.__name__} loads no LoRA; export with --format merged")
     return kind

@@ -5,8 +5,10 @@ import json
 from .student_info import StudentInfo, public_name
 
 _PROMPT = "a cat walks through snow"
-_PIPELINE = "DiffusionPipeline"
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+# The low-noise network of a pipeline with two.
+_SECOND = "transformer_2"
+_ANY = "DiffusionPipeline"
 
 
 def sampling_snippet(info: StudentInfo, *, name: str) -> str:
@@ -26,15 +28,19 @@ def sampling_snippet(info: StudentInfo, *, name: str) -> str:
     # The base model's scheduler doesn't visit the trained noise levels; a whole export has its own in its place.
     scheduler = [_SCHEDULER] if info.lora_weights is not None and info.sigmas is not None else []
     call = {"prompt": _PROMPT, **info.pipeline_call}
+    image = [_image_line(info)] if info.needs_image else []
     return "\n".join(
         [
             "import torch",
             *_imports(info, scheduler),
+            *(["from PIL import Image"] if image else []),
             "",
             'device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)',
             *_loading(info, name, scheduler),
+            *image,
             "torch.manual_seed(0)",
             "result = pipe(",
+            *(["    image=image,"] if image else []),
             *(f"    {key}={_quoted(value) if isinstance(value, str) else repr(value)}," for key, value in call.items()),
             '    output_type="pil",',
             ")",
@@ -44,23 +50,32 @@ def sampling_snippet(info: StudentInfo, *, name: str) -> str:
 
 
 def _imports(info: StudentInfo, scheduler: list[str]) -> list[str]:
-    names = scheduler if info.pipeline else [_PIPELINE, *scheduler]
-    own = f"from {info.pipeline.rpartition('.')[0]} import {_pipeline_name(info)}" if info.pipeline else ""
+    names = scheduler if info.pipeline else [_loader(info), *scheduler]
+    own = f"from {info.pipeline.rpartition('.')[0]} import {_loader(info)}" if info.pipeline else ""
     lines = [f"from diffusers import {', '.join(names)}" if names else "", "from diffusers.utils import export_to_gif"]
     return [line for line in (*lines, own) if line]
 
 
-def _pipeline_name(info: StudentInfo) -> str:
-    return info.pipeline.rpartition(".")[2] if info.pipeline else _PIPELINE
+def _image_line(info: StudentInfo) -> str:
+    size = f"({info.call['width']}, {info.call['height']})"
+    return f'image = Image.new("RGB", {size}, "gray")  # or your own: Image.open("first_frame.png")'
+
+
+def _loader(info: StudentInfo) -> str:
+    """The class that loads the pipeline; the index of a LoRA's base model may name another than the adapter was for."""
+    if info.pipeline is not None:
+        return info.pipeline.rpartition(".")[2]
+    return str(info.pipeline_config.get("_class_name", _ANY)) if info.lora_weights is not None else _ANY
 
 
 def _loading(info: StudentInfo, name: str, scheduler: list[str]) -> list[str]:
-    pipeline = _pipeline_name(info)
     if info.lora_weights is None:
-        return [f"pipe = {pipeline}.from_pretrained({_quoted(name)}, dtype=dtype).to(device)"]
+        return [f"pipe = {_loader(info)}.from_pretrained({_quoted(name)}, dtype=dtype).to(device)"]
+    base = _quoted(public_name(info.base_model))
+    second = ", load_into_transformer_2=True" if info.component == _SECOND else ""
     return [
-        f"pipe = {pipeline}.from_pretrained({_quoted(public_name(info.base_model))}, dtype=dtype).to(device)",
-        f"pipe.load_lora_weights({_quoted(name)}, weight_name={_quoted(info.lora_weights)})",
+        f"pipe = {_loader(info)}.from_pretrained({base}, dtype=dtype).to(device)",
+        f"pipe.load_lora_weights({_quoted(name)}, weight_name={_quoted(info.lora_weights)}{second})",
         *(f'pipe.scheduler = {kind}.from_pretrained({_quoted(name)}, subfolder="scheduler")' for kind in scheduler),
     ]
 

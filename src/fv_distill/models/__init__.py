@@ -13,5 +13,6 @@ __getattr__, __dir__, __all__ = attach(
         "ltx2": ["LTX2VideoModel"],
         "wan": ["WanModel"],
         "wan_causal": ["CausalWanModel"],
+        "wan_image": ["WanImageToVideoModel"],
     },
 )

@@ -15,7 +15,14 @@ from fv_distill.lora import AdapterSwitch
 from fv_distill.schedules import flow
 from fv_distill.schedules.timesteps import score_sigma
 
-from .conditioning import ACTION_COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS, Conditioning, PreparedBatch
+from .conditioning import (
+    ACTION_COLUMNS,
+    IMAGE_COLUMNS,
+    TEXT_COLUMNS,
+    Conditioning,
+    PreparedBatch,
+    check_condition_shapes,
+)
 from .encoders import Encoders
 from .kv_cache import KVCache
 from .pretrained import load_network, read_flow_shift, resolve_directory
@@ -164,6 +171,20 @@ class ModelBase(RoleNetwork, ABC):
     def check_text(self, shape: Sequence[int]) -> None:
         """Raise a `ValueError` that names the fix if text embeddings `[L, D]` can't be fed to the network."""
 
+    def condition_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """The data columns beside text that the network needs, with their shapes for latents `[C, T, H, W]`."""
+        return {}
+
+    def check_conditions(self, shapes: Mapping[str, Sequence[int]], latent_shape: Sequence[int]) -> None:
+        """Raise a `ValueError` that names the fix if a row's tensors, here their shapes by column, lack a condition."""
+        owner = f"{type(self).__name__} of {self.directory}"
+        check_condition_shapes(shapes, self.condition_shapes(latent_shape), owner=owner)
+
+    @property
+    def pipeline_config(self) -> dict[str, Any]:
+        """What the `model_index.json` of an export says otherwise than the directory's own."""
+        return {}
+
     def check_context_parallel(self, degree: int, latent_shape: Sequence[int]) -> None:
         """Raise a `ValueError` unless `degree` processes can share the tokens of latents `[C, T, H, W]`.
 
@@ -218,7 +239,7 @@ class ModelBase(RoleNetwork, ABC):
                 starts from noise (text-only rows then have the shape `training.data.latent_shape`).
 
         Raises:
-            ValueError: if the clip is missing, or its shape does not fit the network.
+            ValueError: if the clip or a condition is missing, or its shape does not fit the network.
         """
         text = batch["text_embedding"]
         if "vae_latent" in batch:
@@ -235,6 +256,8 @@ class ModelBase(RoleNetwork, ABC):
                 )
             )
         self.check_latent_shape(shape)
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        self.check_conditions({name: tuple(value.shape[1:]) for name, value in tensors.items()}, shape)
         if latents_source == "data":
             latents = self.normalize_latents(batch["vae_latent"])
         else:

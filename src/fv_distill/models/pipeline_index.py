@@ -6,7 +6,7 @@ known here count as pipeline directories all the same.
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,13 +79,17 @@ def component_class(directory: Path, component: str) -> Any:
     raise ValueError(f"{directory}: {component} is a {library}.{name}, which is not known here")
 
 
-def pipeline_class(directory: Path) -> Any:
+def pipeline_class(directory: Path, pipeline_config: Mapping[str, Any] | None = None) -> Any:
     """The class of the pipeline.
+
+    Args:
+        directory: the pipeline directory.
+        pipeline_config: what stands in the place of entries of its index.
 
     Raises:
         ValueError: if neither diffusers nor this library has it.
     """
-    name = read_index(directory)["_class_name"]
+    name = {**read_index(directory), **(pipeline_config or {})}["_class_name"]
     if hasattr(diffusers, name):
         return getattr(diffusers, name)
     if name in fv_distill.models.pipelines.__all__:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .pipeline_index import is_pipeline_directory, network_folder
+from .pipeline_index import is_pipeline_directory, network_folder, read_index
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,6 +55,11 @@ def resolve_directory(init_from: str | Path, *, name: str = "init_from") -> Path
             f"{name}={hub_id!r} is no local directory and could not be had from the Hub ({type(error).__name__}); "
             "check the spelling, your connection and `hf auth login`"
         ) from error
+
+
+def read_model_index(directory: Path) -> dict[str, Any]:
+    """The `model_index.json` of a pipeline directory: its class, its components and their classes, its settings."""
+    return read_index(directory)
 
 
 def load_component_config(directory: Path, component: str) -> dict[str, Any]:
