@@ -71,7 +71,12 @@ def test_given_frames_come_from_clips_or_from_their_column(model, continuing, ba
     column["latent_shape"] = tuple(clip.shape[1:])
     prepared = continuing.prepare_batch(column, latents_source="zeros")
     assert torch.equal(prepared.conditioning.extras["first_frame_latent"], expected)
-    with pytest.raises(ValueError, match="neither clips nor a first_frame_latent of 2 latent frames"):
+    paths = torch.stack([torch.randn_like(clip), continuing.normalize_latents(clip)], dim=1)
+    of_paths = {**column, "trajectory_latents": paths}
+    del of_paths["first_frame_latent"]
+    prepared = continuing.prepare_batch(of_paths, latents_source="zeros")
+    assert torch.equal(prepared.conditioning.extras["first_frame_latent"], expected)
+    with pytest.raises(ValueError, match="neither clips nor a first_frame_latent of the shape"):
         continuing.prepare_batch(column | {"first_frame_latent": clip[:, :, :1]}, latents_source="zeros")
 
 

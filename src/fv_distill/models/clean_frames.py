@@ -1,6 +1,6 @@
 """Clips whose first latent frames are given clean: what a network sees there, and the velocity that leads there."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,9 @@ from .conditioning import Conditioning
 
 COLUMN = "first_frame_latent"
 """The data column of normalised latents `[C, k, H, W]`, as FastVideo's preprocessing writes it."""
+
+# The column of a teacher's sampling paths `[steps, C, T, H, W]`, normalised, whose last state is a clip.
+_PATHS = "trajectory_latents"
 
 # Below it the way to a given frame is no longer divided by sigma: x_t is that frame up to a thousandth of noise.
 _SMALLEST_SIGMA = 1e-3
@@ -31,12 +34,25 @@ def check_condition_frames(count: int, num_frames: int | None = None) -> int:
     return count
 
 
+def check_clean_column(shapes: Mapping[str, Sequence[int]], latent_shape: Sequence[int], count: int) -> None:
+    """Raise a `ValueError` if rows, here their tensors' shapes by column, don't have what `give_frames` takes."""
+    channels, _, height, width = latent_shape
+    if count == 0 or "vae_latent" in shapes or _PATHS in shapes:
+        return
+    if tuple(shapes.get(COLUMN, ())) != (channels, count, height, width):
+        raise ValueError(
+            f"models.<role>.condition_frames={count}, but the rows hold neither clips nor a {COLUMN} of the shape "
+            f"{(channels, count, height, width)}"
+        )
+
+
 def give_frames(
     conditioning: Conditioning, batch: Mapping[str, Any], count: int, normalize: Callable[[Tensor], Tensor]
 ) -> Conditioning:
     """A batch's conditioning with its first `count` latent frames, normalised, or without any for 0.
 
-    They are the clips' own where the rows hold clips, which is right for a causal VAE, and else the column's.
+    They are the clips' own where the rows hold clips or the paths that lead to some, which is right for a causal VAE,
+    and else the column's.
 
     Args:
         conditioning: of the batch.
@@ -44,21 +60,16 @@ def give_frames(
         count: how many are given.
         normalize: the adapter's `normalize_latents`.
 
-    Raises:
-        ValueError: if the rows have neither.
     """
     extras = {name: value for name, value in conditioning.extras.items() if name != COLUMN}
     if count == 0:
         return replace(conditioning, extras=extras)
     if "vae_latent" in batch:
         frames = normalize(batch["vae_latent"][:, :, :count])
-    elif COLUMN in batch and batch[COLUMN].shape[2] == count:
-        frames = batch[COLUMN].float()
+    elif _PATHS in batch:
+        frames = batch[_PATHS][:, -1, :, :count].float()
     else:
-        raise ValueError(
-            f"models.<role>.condition_frames={count}, but the rows hold neither clips nor a {COLUMN} of {count} "
-            "latent frames"
-        )
+        frames = batch[COLUMN].float()
     return replace(conditioning, extras={**extras, COLUMN: frames})
 
 

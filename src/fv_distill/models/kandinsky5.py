@@ -112,6 +112,10 @@ class Kandinsky5Model(ModelBase):
         """`latents / scaling_factor`, see `ModelBase.raw_latents`."""
         return latents.float() / self.scaling_factor
 
+    def condition_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """See `ModelBase.condition_shapes`."""
+        return {_POOLED: (self.network_config.in_text_dim2,)}
+
     def extra_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """See `ModelBase.extra_shapes`."""
         return {_POOLED: (self.network_config.in_text_dim2,)}

@@ -134,6 +134,10 @@ class LongCatVideoModel(ModelBase):
         )
         clean_frames.check_condition_frames(self.condition_frames, shape[1])
 
+    def check_conditions(self, shapes: Mapping[str, Sequence[int]], latent_shape: Sequence[int]) -> None:
+        """See `ModelBase.check_conditions`."""
+        clean_frames.check_clean_column(shapes, latent_shape, self.condition_frames)
+
     def check_text(self, shape: Sequence[int]) -> None:
         """See `ModelBase.check_text`."""
         if shape[-1] != self.network_config.caption_channels:

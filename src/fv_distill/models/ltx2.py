@@ -65,7 +65,7 @@ class LTX2VideoModel(ModelBase):
         # diffusers lists the blocks for compilation only; sharding looks for them here.
         network._no_split_modules = list(network._repeated_blocks)
         for name, parameter in network.named_parameters():
-            if _is_sound(name):
+            if not self.is_trained(name):
                 parameter.requires_grad_(False)
         self._set_options(fps, condition_frames)
         self.latents_mean, self.latents_std = read_statistics(self.directory)
@@ -114,7 +114,7 @@ class LTX2VideoModel(ModelBase):
 
     def is_trained(self, name: str) -> bool:
         """See `RoleNetwork.is_trained`; the sound's branch never is."""
-        return super().is_trained(name) and not _is_sound(name)
+        return super().is_trained(name) and not any(part in name for part in _SOUND)
 
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelBase.predict_velocity`; sigma is `[B]`, as parts of the network have one time per clip."""
@@ -185,15 +185,14 @@ class LTX2VideoModel(ModelBase):
         )
         clean_frames.check_condition_frames(self.condition_frames, shape[1])
 
+    def check_conditions(self, shapes: Mapping[str, Sequence[int]], latent_shape: Sequence[int]) -> None:
+        """See `ModelBase.check_conditions`."""
+        clean_frames.check_clean_column(shapes, latent_shape, self.condition_frames)
+
     def check_text(self, shape: Sequence[int]) -> None:
         """See `ModelBase.check_text`."""
-        width = self.text_width(0)
-        if shape[-1] != width:
+        if shape[-1] != self.text_width(0):
             raise ValueError(
                 f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, which reads its connectors' "
-                f"{width} channels; encode the captions with this model's own text encoder and connectors"
+                f"{self.text_width(0)} channels; encode the captions with this model's own text encoder and connectors"
             )
-
-
-def _is_sound(name: str) -> bool:
-    return any(part in name for part in _SOUND)
