@@ -64,7 +64,9 @@ PERMITTED = {
 }
 NO_CONCRETE_MODEL = {"data", "export", "evaluation"}
 MODEL_BASES = {f"fv_distill.models.{name}" for name in ("base", "conditioning", "pretrained", "pipeline_index")}
-FAMILIES = {"wan", "wan_causal", "hunyuan", "cosmos", "longcat", "matrixgame2", "matrixgame2_causal"}
+FAMILIES = {
+    *("wan", "wan_causal", "hunyuan", "cosmos", "longcat", "matrixgame2", "matrixgame2_causal", "kandinsky5", "ltx2")
+}
 
 
 def imports_of(source: str, package: list[str]) -> Iterator[str]:

@@ -14,7 +14,10 @@ GIB = 2**30
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "gib"), [("wan2.1_1.3b_lora_shared", 24), ("wan2.1_14b_lora_shared", 80)])
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [("wan2.1_1.3b_lora_shared", 24), ("wan2.1_14b_lora_shared", 80), ("longcat_video_lora_shared", 80)],
+)
 def test_the_shipped_configs_fit_one_gpu(name, gib):
     config = load_run_config(CONFIGS / f"{name}.yaml")
     estimate = estimate_run(config, Layout(mixed_precision="bf16", device_type="cuda"), Device("GPU", None, None, 0.4))

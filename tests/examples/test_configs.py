@@ -1,18 +1,26 @@
 """Every config in examples/ is valid, and those of Wan fit the networks as they were published."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from diffusers import WanTransformer3DModel
+from diffusers import Kandinsky5Transformer3DModel, LTX2VideoTransformer3DModel, WanTransformer3DModel
 
 from fv_distill.config import load_run_config
 from fv_distill.estimate.published import config_directory, published_models
 from fv_distill.export import few_step_scheduler
 from fv_distill.methods import OPTIONS_BY_TARGET, DMD2Options, TrajectoryOptions
-from fv_distill.models import CausalMatrixGame2Model, MatrixGame2Model, WanModel
+from fv_distill.models import (
+    CausalMatrixGame2Model,
+    Kandinsky5Model,
+    LongCatVideoModel,
+    LTX2VideoModel,
+    MatrixGame2Model,
+    WanModel,
+)
 from fv_distill.schedules import few_step_sigmas
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +36,12 @@ PUBLISHED = {
 PARAMETERS = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1.42e9, "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14.29e9}
 # What `fv-distill convert-matrixgame2` makes of the published weights, by the name that the configs give it.
 MATRIX_GAME = "models/matrix-game-2"
+# Of other families: the shift that their schedulers are published with.
+OTHER_FAMILIES = {
+    "meituan-longcat/LongCat-Video": 12.0,
+    "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": 5.0,
+    "Lightricks/LTX-2": 16.2,
+}
 VAE_CONFIG = {
     "scale_factor_temporal": 4,
     "scale_factor_spatial": 8,
@@ -68,14 +82,15 @@ def test_config_is_valid(path):
     options = OPTIONS_BY_TARGET[config.method.target].model_validate(config.method.options)
     for role, model in config.models.items():
         local = model.init_from.startswith("examples/")
-        known = model.init_from in published_models() or model.init_from in EXPORTS
+        known = model.init_from in published_models() or model.init_from in {*EXPORTS, *OTHER_FAMILIES}
         assert (ROOT / model.init_from / "model_index.json").is_file() if local else known, role
     data_path = config.training.data.data_path
     assert isinstance(data_path, str)
     assert data_path.startswith("data/") or list((ROOT / data_path).glob("*.parquet"))
     sigmas = None
     if isinstance(options, DMD2Options):
-        shift = config.models["student"].flow_shift or 3.0
+        student = config.models["student"]
+        shift = student.flow_shift or OTHER_FAMILIES.get(student.init_from, 3.0)
         sigmas = few_step_sigmas(options.dmd_denoising_steps, flow_shift=shift, warp=options.warp_denoising_step)
     elif isinstance(options, TrajectoryOptions):
         sigmas = options.sigmas[:-1]
@@ -124,6 +139,61 @@ def test_matrix_games_configs_fit_its_network():
                 model.check_latent_shape(shape, num_frames=57)
                 needed = {"first_frame_latent": shape, "clip_feature": (257, 1280)}
                 model.check_conditions({**needed, "mouse_cond": (57, 2), "keyboard_cond": (57, 4)}, shape)
+
+
+def test_longcats_configs_fit_its_network():
+    with config_directory("meituan-longcat/LongCat-Video") as directory, torch.device("meta"):
+        model = LongCatVideoModel.from_pretrained(str(directory))
+    assert model.flow_shift == OTHER_FAMILIES["meituan-longcat/LongCat-Video"]
+    paths = [path for path in CONFIGS if "longcat" in path.stem]
+    assert {path.parent.name for path in paths} == {"dmd2", "finetune"}
+    for path in paths:
+        shape = load_run_config(path).training.data.latent_shape or (16, 24, 60, 104)
+        model.check_latent_shape(shape, num_frames=93)
+        model.check_text((5, 4096))
+
+
+def test_ltxs_configs_fit_its_network(tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/config.json").write_text(json.dumps({"latent_channels": 128}))
+    with torch.device("meta"):
+        # diffusers' defaults are the published network's.
+        network = LTX2VideoTransformer3DModel()
+    model = LTX2VideoModel(network, directory=tmp_path, flow_shift=16.2)
+    parameters = list(network.parameters())
+    # 14B for the picture, 5B for the sound, as is published.
+    assert sum(value.numel() for value in parameters) == pytest.approx(19e9, rel=0.05)
+    paths = [path for path in CONFIGS if "ltx2" in path.stem]
+    assert {path.parent.name for path in paths} == {"dmd2", "finetune"}
+    for path in paths:
+        config = load_run_config(path)
+        shape = config.training.data.latent_shape or (128, 16, 16, 24)
+        model.check_latent_shape(shape, num_frames=121)
+        tokens = math.prod(shape[1:])
+        shift = math.exp(0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024))
+        role = next(role for role in config.models.values() if role.flow_shift is not None)
+        assert role.flow_shift == pytest.approx(shift, rel=1e-2)
+    model.check_text((5, 3840))
+
+
+def test_kandinskys_configs_fit_its_network(tmp_path):
+    (tmp_path / "vae").mkdir()
+    factors = {"temporal_compression_ratio": 4, "spatial_compression_ratio": 8, "scaling_factor": 0.476986}
+    (tmp_path / "vae/config.json").write_text(json.dumps(factors))
+    with torch.device("meta"):
+        # `dit_params` of configs/k5_lite_t2v_5s_*.yaml in github.com/kandinskylab/kandinsky-5.
+        network = Kandinsky5Transformer3DModel(
+            in_visual_dim=16, out_visual_dim=16, model_dim=1792, ff_dim=7168, visual_cond=True
+        )
+    assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(2e9, rel=0.1)
+    model = Kandinsky5Model(network, directory=tmp_path, flow_shift=5.0)
+    paths = [path for path in CONFIGS if "kandinsky5" in path.stem]
+    assert {path.parent.name for path in paths} == {"dmd2", "finetune"}
+    for path in paths:
+        config = load_run_config(path)
+        assert config.models["student"].flow_shift == 5.0
+        model.check_latent_shape(config.training.data.latent_shape or (16, 31, 64, 96), num_frames=121)
+    model.check_text((5, 3584))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)

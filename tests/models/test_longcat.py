@@ -16,9 +16,10 @@ def model(published):
     return LongCatVideoModel.from_pretrained(str(published), text_length=TEXT_LENGTH)
 
 
-@pytest.fixture
-def given(batch):
-    return batch | {"first_frame_latent": torch.randn(2, LATENT_CHANNELS, 2, 4, 4)}
+@pytest.fixture(scope="module")
+def continuing(published):
+    """Two of three latent frames are given."""
+    return LongCatVideoModel.from_pretrained(str(published), text_length=TEXT_LENGTH, condition_frames=2)
 
 
 def test_sigma_per_frame_equals_sigma_per_sample_when_constant(model, batch):
@@ -32,37 +33,58 @@ def test_sigma_per_frame_equals_sigma_per_sample_when_constant(model, batch):
 
 
 @pytest.mark.parametrize("per_frame", [False, True])
-def test_given_frames_are_what_x0_is_there(model, given, per_frame):
-    prepared, sigma = model.prepare_batch(given), torch.tensor([0.3, 0.8])
-    clean = model.normalize_latents(given["first_frame_latent"])
+def test_given_frames_are_what_x0_is_there(continuing, batch, per_frame):
+    model = continuing
+    prepared, sigma = model.prepare_batch(batch), torch.tensor([0.3, 0.8])
     levels = sigma[:, None].expand(2, 3) if per_frame else sigma
+    x_t = torch.randn_like(prepared.latents)
     with torch.no_grad():
-        x0 = model.predict_x0(prepared.latents, levels, prepared.conditioning)
-        torch.testing.assert_close(x0[:, :, :2], clean, atol=1e-5, rtol=0)
+        x0 = model.predict_x0(x_t, levels, prepared.conditioning)
+        torch.testing.assert_close(x0[:, :, :2], prepared.latents[:, :, :2], atol=1e-5, rtol=0)
         # The network doesn't see what x_t has there, and sees what is given.
-        changed = prepared.latents.clone()
+        changed = x_t.clone()
         changed[:, :, :2] += 1.0
-        again = model.predict_x0(changed, levels, prepared.conditioning)
-        torch.testing.assert_close(again, x0, atol=1e-5, rtol=0)
-        other = model.prepare_batch(given | {"first_frame_latent": given["first_frame_latent"] + 1.0})
-        assert (model.predict_x0(changed, levels, other.conditioning) - x0)[:, :, 2:].abs().max() > 1e-3
+        torch.testing.assert_close(model.predict_x0(changed, levels, prepared.conditioning), x0, atol=1e-5, rtol=0)
+        other = model.prepare_batch(batch | {"vae_latent": batch["vae_latent"] + 1.0})
+        assert (model.predict_x0(x_t, levels, other.conditioning) - x0)[:, :, 2:].abs().max() > 1e-3
 
 
-def test_flow_matching_has_no_loss_on_frames_that_are_given(model, batch):
-    prepared = model.prepare_batch(batch | {"first_frame_latent": batch["vae_latent"][:, :, :1]})
+def test_flow_matching_has_no_loss_on_frames_that_are_given(continuing, batch):
+    prepared = continuing.prepare_batch(batch)
     noise, sigma = torch.randn_like(prepared.latents), torch.tensor([0.002, 0.9])
-    x_t = model.add_noise(prepared.latents, noise, sigma)
+    x_t = continuing.add_noise(prepared.latents, noise, sigma)
     with torch.no_grad():
-        velocity = model.predict_velocity(x_t, sigma, prepared.conditioning)
+        velocity = continuing.predict_velocity(x_t, sigma, prepared.conditioning)
     error = (velocity - (noise - prepared.latents)).abs()
-    assert error[:, :, 0].max() < 1e-3 and error[:, :, 1:].mean() > 0.1
+    assert error[:, :, :2].max() < 1e-3 and error[:, :, 2:].mean() > 0.1
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 4, 4), (4, 0, 4, 4), (4, 1, 2, 4), (3, 1, 4, 4)])
-def test_given_frames_of_another_shape_are_explained(model, batch, shape):
-    prepared = model.prepare_batch(batch | {"first_frame_latent": torch.zeros(2, *shape)})
-    with pytest.raises(ValueError, match="first_frame_latent has shape"):
-        model.predict_velocity(prepared.latents, torch.ones(2), prepared.conditioning)
+def test_given_frames_come_from_clips_or_from_their_column(model, continuing, batch):
+    clip = batch["vae_latent"]
+    expected = continuing.normalize_latents(clip[:, :, :2])
+    column = batch | {"first_frame_latent": expected}
+    for rows in (batch, column):
+        assert torch.equal(continuing.prepare_batch(rows).conditioning.extras["first_frame_latent"], expected)
+    # Rows may carry the column for others.
+    assert not model.prepare_batch(column).conditioning.extras
+    del column["vae_latent"]
+    column["latent_shape"] = tuple(clip.shape[1:])
+    prepared = continuing.prepare_batch(column, latents_source="zeros")
+    assert torch.equal(prepared.conditioning.extras["first_frame_latent"], expected)
+    paths = torch.stack([torch.randn_like(clip), continuing.normalize_latents(clip)], dim=1)
+    of_paths = {**column, "trajectory_latents": paths}
+    del of_paths["first_frame_latent"]
+    prepared = continuing.prepare_batch(of_paths, latents_source="zeros")
+    assert torch.equal(prepared.conditioning.extras["first_frame_latent"], expected)
+    with pytest.raises(ValueError, match="neither clips nor a first_frame_latent of the shape"):
+        continuing.prepare_batch(column | {"first_frame_latent": clip[:, :, :1]}, latents_source="zeros")
+
+
+def test_given_frames_that_leave_nothing_are_refused(published, continuing):
+    with pytest.raises(ValueError, match="leaves nothing to generate of 2 latent frames"):
+        continuing.check_latent_shape((LATENT_CHANNELS, 2, 4, 4))
+    with pytest.raises(ValueError, match="condition_frames=-1"):
+        LongCatVideoModel.from_pretrained(str(published), condition_frames=-1)
 
 
 def test_a_video_goes_to_latents_and_back(model, batch):
@@ -72,8 +94,7 @@ def test_a_video_goes_to_latents_and_back(model, batch):
     assert latents.shape == batch["vae_latent"].shape and latents.dtype == torch.float32
     torch.testing.assert_close(model.raw_latents(model.normalize_latents(latents)), latents)
     # The VAE is causal: a first frame alone has the clip's first latents.
-    first = encoders.encode_images(video)["first_frame_latent"]
-    torch.testing.assert_close(first, latents[:, :, :1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(encoders.encode_video(video[:, :, :1]), latents[:, :, :1], atol=1e-4, rtol=0)
 
 
 def test_prompts_are_padded_with_zeros_and_masked(model):

@@ -5,8 +5,10 @@ spaced evenly from 1 to 0.001 before the shift; given frames have timestep 0 and
 pipeline of this family: this one is the library's own, written apart from the adapter.
 """
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_longcat import make_tiny_longcat_directory
 from tiny_models import LATENT_CHANNELS, TEXT_LENGTH
 
@@ -90,13 +92,25 @@ def test_denoising_equals_the_pipelines(pipeline, model, noise, guidance_scale, 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_denoising_after_a_given_image_equals_the_pipelines(pipeline, model, noise, image, guidance_scale):
-    given = model.encoders().encode_images(image.expand(-1, -1, 9, -1, -1))["first_frame_latent"]
+    given = model.normalize_latents(model.encoders().encode_video(image))
     expected = run_pipeline(pipeline, noise, guidance_scale=guidance_scale, steps=3, video=image)
     actual = run_adapter(model, pipeline, noise, guidance_scale=guidance_scale, given=given)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(actual[:, :, :1], model.normalize_latents(given), atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual[:, :, :1], given, atol=1e-5, rtol=0)
     free = run_pipeline(pipeline, noise, guidance_scale=guidance_scale, steps=3)
     assert (free - expected)[:, :, 1:].abs().max() > 1e-2
+
+
+def test_an_image_is_a_video_of_one_frame(pipeline, noise):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None, :, None] / 255
+    of_image = run_pipeline(pipeline, noise, guidance_scale=1.0, steps=1, image=picture)
+    of_video = run_pipeline(pipeline, noise, guidance_scale=1.0, steps=1, video=pixels)
+    torch.testing.assert_close(of_image, of_video, atol=1e-5, rtol=0)
+    larger = run_pipeline(pipeline, noise, guidance_scale=1.0, steps=1, image=picture.resize((80, 64)))
+    assert larger.shape == noise.shape
+    with pytest.raises(ValueError, match="leave one out"):
+        run_pipeline(pipeline, noise, guidance_scale=1.0, steps=1, image=picture, video=pixels)
 
 
 def test_the_network_is_called_as_the_release_calls_it(pipeline, model, noise):

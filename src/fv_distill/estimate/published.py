@@ -52,9 +52,10 @@ def _cached(init_from: str) -> Path | None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    found = [
-        try_to_load_from_cache(init_from, name)
-        for name in ("model_index.json", "transformer/config.json", "vae/config.json")
-    ]
-    paths = [Path(path) for path in found if isinstance(path, str)]
-    return paths[0].parent if len(paths) == len(found) else None
+    # Repositories without an index have their network in `dit`; see fv_distill.models.pipeline_index.
+    for names in (("model_index.json", "transformer/config.json"), ("dit/config.json",)):
+        found = [try_to_load_from_cache(init_from, name) for name in ("vae/config.json", *names)]
+        paths = [Path(path) for path in found if isinstance(path, str)]
+        if len(paths) == len(found):
+            return paths[0].parents[1]
+    return None

@@ -43,15 +43,15 @@ def taken_actions(pipeline_class: Any, condition_shapes: Mapping[str, Sequence[i
     return {name: list(condition_shapes[name]) for name in found}
 
 
-def needs_image(pipeline_class: Any) -> bool:
+def needs_image(kind: Any) -> bool:
     """Whether a pipeline can't be called without the first frame, `image`."""
-    parameter = inspect.signature(pipeline_class.__call__).parameters.get("image")
+    parameter = inspect.signature(kind.__call__).parameters.get("image")
     return parameter is not None and parameter.default is parameter.empty
 
 
-def takes_image(pipeline_class: Any) -> bool:
+def takes_image(kind: Any) -> bool:
     """Whether a pipeline can be called with a first frame, `image`."""
-    return "image" in inspect.signature(pipeline_class.__call__).parameters
+    return "image" in inspect.signature(kind.__call__).parameters
 
 
 def pipeline_of(directory: Path, pipeline_config: Mapping[str, Any] | None = None) -> Any:

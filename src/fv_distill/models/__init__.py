@@ -7,10 +7,12 @@ __getattr__, __dir__, __all__ = attach(
     {
         "base": ["CausalModelBase", "ModelBase"],
         "conditioning": ["Conditioning", "PreparedBatch", "UncondPolicy", "unconditional"],
+        "kandinsky5": ["Kandinsky5Model"],
         "kv_cache": ["KVCache"],
         "longcat": ["LongCatVideoModel"],
         "matrixgame2": ["MatrixGame2Model"],
         "matrixgame2_causal": ["CausalMatrixGame2Model"],
+        "ltx2": ["LTX2VideoModel"],
         "wan": ["WanModel"],
         "wan_causal": ["CausalWanModel"],
         "wan_image": ["WanImageToVideoModel"],

@@ -1,12 +1,13 @@
 """LongCat-Video over `LongCatVideoTransformer3DModel`: from text, from a first image, or continuing a clip."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from . import clean_frames
 from .base import ModelBase
 from .conditioning import Conditioning
 from .latent_checks import check_clip_shape
@@ -14,19 +15,21 @@ from .longcat_encoders import LongCatEncoders
 from .pretrained import load_component_config
 from .transformers.longcat import LongCatVideoTransformer3DModel
 
-# Below it a given frame's velocity is no longer divided by sigma: x_t is the given frame up to a thousandth of noise.
-_SMALLEST_SIGMA = 1e-3
-
 
 class LongCatVideoModel(ModelBase):
     """The network's output is the negative velocity; its timestep is 1000 sigma.
 
-    Where the rows have `first_frame_latent`, raw latents `[C, k, H, W]` of a clip's beginning, these k latent frames
-    are given: the network sees them clean at timestep 0, and the velocity there leads to them, from wherever `x_t` is.
-    k is 1 for image-to-video and more for continuation.
+    Args:
+        transformer: the network.
+        directory: the published repository or a pipeline directory.
+        condition_frames: of the student, how many of a clip's first latent frames are given to all roles: 1 is
+            image-to-video, more is continuation, 0 is text-to-video. The network sees them clean at timestep 0, and the
+            velocity there leads to them. They are taken from `vae_latent`, or from `first_frame_latent` where the rows
+            hold no clips.
+        kwargs: see `ModelBase`.
 
-    The arguments are those of `ModelBase`; use `LongCatVideoModel.from_pretrained` for the published repository or a
-    diffusers directory.
+    Raises:
+        ValueError: for a negative number.
     """
 
     network_class = LongCatVideoTransformer3DModel
@@ -45,31 +48,59 @@ class LongCatVideoModel(ModelBase):
         ),
     }
 
-    def __init__(self, transformer: nn.Module, *, directory: str | Path, **kwargs: Any) -> None:
+    def __init__(
+        self, transformer: nn.Module, *, directory: str | Path, condition_frames: int = 0, **kwargs: Any
+    ) -> None:
         super().__init__(transformer, directory=directory, **kwargs)
+        self.condition_frames = clean_frames.check_condition_frames(condition_frames)
         self.network_config = cast(Any, transformer).config
         vae = load_component_config(self.directory, "vae")
         self.temporal_factor = int(vae["scale_factor_temporal"])
         self.latents_mean = torch.tensor(vae["latents_mean"]).view(1, -1, 1, 1, 1)
         self.latents_std = torch.tensor(vae["latents_std"]).view(1, -1, 1, 1, 1)
 
-    def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """See `ModelBase.predict_velocity`.
+    @classmethod
+    def from_pretrained(
+        cls,
+        init_from: str,
+        *,
+        condition_frames: int = 0,
+        trainable: bool = False,
+        flow_shift: float | None = None,
+        dtype: str | torch.dtype = "float32",
+        weights: str | None = None,
+        gradient_checkpointing: bool = False,
+        attention_backend: str | None = None,
+        negative_prompt: str = "",
+        text_length: int = 512,
+    ) -> Self:
+        """See `ModelBase.from_pretrained`, and this class for `condition_frames`."""
+        model = super().from_pretrained(
+            init_from,
+            trainable=trainable,
+            flow_shift=flow_shift,
+            dtype=dtype,
+            weights=weights,
+            gradient_checkpointing=gradient_checkpointing,
+            attention_backend=attention_backend,
+            negative_prompt=negative_prompt,
+            text_length=text_length,
+        )
+        model.condition_frames = clean_frames.check_condition_frames(condition_frames)
+        return model
 
-        Raises:
-            ValueError: for given frames of another shape than the clip's.
-        """
-        given = conditioning.extras.get("first_frame_latent")
+    def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """See `ModelBase.predict_velocity`."""
+        given = conditioning.extras.get(clean_frames.COLUMN)
         if given is None:
             return self._velocity(x_t, sigma.float(), conditioning)
-        _check_given(given, x_t)
-        clean, count = self.normalize_latents(given), given.shape[2]
-        sigma = sigma.float() if sigma.ndim == 2 else sigma.float()[:, None].expand(-1, x_t.shape[2])
-        frames = torch.cat([clean.to(x_t.dtype), x_t[:, :, count:]], dim=2)
-        levels = torch.cat([torch.zeros_like(sigma[:, :count]), sigma[:, count:]], dim=1)
-        velocity = self._velocity(frames, levels, conditioning, num_cond_latents=count)
-        scale = sigma[:, None, :count, None, None].clamp(min=_SMALLEST_SIGMA)
-        return torch.cat([(x_t[:, :, :count].float() - clean) / scale, velocity[:, :, count:]], dim=2)
+        frames, levels = clean_frames.put_in_place(x_t, sigma, given)
+        velocity = self._velocity(frames, levels, conditioning, num_cond_latents=given.shape[2])
+        return clean_frames.lead_to(given, x_t, sigma, velocity)
+
+    def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
+        conditioning = super()._conditioning(batch)
+        return clean_frames.give_frames(conditioning, batch, self.condition_frames, self.normalize_latents)
 
     def _velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, **options: Any) -> Tensor:
         assert conditioning.text is not None, "LongCat-Video has no network without text; see required_channels"
@@ -101,6 +132,11 @@ class LongCatVideoModel(ModelBase):
             num_frames=num_frames,
             directory=self.directory,
         )
+        clean_frames.check_condition_frames(self.condition_frames, shape[1])
+
+    def check_conditions(self, shapes: Mapping[str, Sequence[int]], latent_shape: Sequence[int]) -> None:
+        """See `ModelBase.check_conditions`."""
+        clean_frames.check_clean_column(shapes, latent_shape, self.condition_frames)
 
     def check_text(self, shape: Sequence[int]) -> None:
         """See `ModelBase.check_text`."""
@@ -109,13 +145,3 @@ class LongCatVideoModel(ModelBase):
                 f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, whose caption_channels is "
                 f"{self.network_config.caption_channels}; encode the captions with this model's own text encoder"
             )
-
-
-def _check_given(given: Tensor, x_t: Tensor) -> None:
-    """Given frames must be a beginning of the clip, and leave something to generate."""
-    channels, count, *size = given.shape[1:]
-    if [channels, *size] != [x_t.shape[1], *x_t.shape[3:]] or not 0 < count < x_t.shape[2]:
-        raise ValueError(
-            f"first_frame_latent has shape {tuple(given.shape[1:])} but the clip's latents {tuple(x_t.shape[1:])}; it "
-            "must be [C, k, H, W] of the same C, H and W, with fewer latent frames than the clip"
-        )

@@ -44,10 +44,6 @@ class LongCatEncoders(Encoders):
         pixels = 2 * video.to(self.device, self.vae.dtype) - 1
         return self.vae.encode(pixels).latent_dist.mode().float()
 
-    def encode_images(self, video: Tensor) -> dict[str, Tensor]:
-        """The first frame's raw latents `[B, C, 1, h, w]`, which are the clip's first: the VAE is causal."""
-        return {"first_frame_latent": self.encode_video(video[:, :, :1])}
-
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """See `Encoders.decode`."""

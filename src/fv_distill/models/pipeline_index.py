@@ -89,6 +89,10 @@ def own_network(name: str, config: Mapping[str, Any]) -> Any:
 def pipeline_class(directory: Path, pipeline_config: Mapping[str, Any] | None = None) -> Any:
     """The class of the pipeline, or the one that `pipeline_config` names in its stead.
 
+    Args:
+        directory: the pipeline directory.
+        pipeline_config: what stands in the place of entries of its index.
+
     Raises:
         ValueError: if neither diffusers nor this library has it.
     """

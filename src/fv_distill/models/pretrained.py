@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .pipeline_index import is_pipeline_directory, network_folder
+from .pipeline_index import is_pipeline_directory, network_folder, read_index
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,7 +60,7 @@ def resolve_directory(init_from: str | Path, *, name: str = "init_from", pattern
 
 def read_model_index(directory: Path) -> dict[str, Any]:
     """The `model_index.json` of a pipeline directory: its class, its components and their classes, its settings."""
-    return json.loads((directory / "model_index.json").read_text())
+    return read_index(directory)
 
 
 def load_component_config(directory: Path, component: str) -> dict[str, Any]:
@@ -79,10 +79,15 @@ def read_flow_shift(directory: Path) -> float:
     """The shift in a pipeline's scheduler config: `flow_shift` (UniPC) or `shift` (flow-match Euler).
 
     Raises:
-        ValueError: if the scheduler has neither.
+        ValueError: if the scheduler has neither, or one that depends on the clip.
     """
     path = directory / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
+    if config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"{path} has use_dynamic_shifting: the shift depends on the size of the clip. Set "
+            "models.<role>.flow_shift to that of yours, exp(mu) with the pipeline's mu"
+        )
     for key in ("flow_shift", "shift"):
         if config.get(key) is not None:
             return float(config[key])
@@ -98,7 +103,7 @@ def load_network(
     weights: str | None,
     gradient_checkpointing: bool,
     attention_backend: str | None,
-    component: str = "transformer",
+    subfolder: str = "transformer",
 ) -> nn.Module:
     """A directory's network; errors as in `ModelBase.from_pretrained`.
 
@@ -112,9 +117,9 @@ def load_network(
         weights: see `ModelBase.from_pretrained`.
         gradient_checkpointing: see `ModelBase.from_pretrained`.
         attention_backend: see `ModelBase.from_pretrained`.
-        component: the pipeline's name for it.
+        subfolder: where in the directory it is; see also `network_folder`.
     """
-    subfolder = network_folder(directory, component)
+    subfolder = network_folder(directory, subfolder)
     is_meta = torch.get_default_device().type == "meta"
     transformer: Any = (
         _without_weights(network_class, directory, subfolder, parse_dtype(dtype))

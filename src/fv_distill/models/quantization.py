@@ -1,4 +1,4 @@
-"""Frozen weights in fewer bits, through torchao: a teacher, or the base of LoRA adapters (QLoRA, Dettmers et al. 2023)."""
+"""Frozen weights in fewer bits, by torchao: a teacher, or the base of LoRA adapters (QLoRA, Dettmers et al. 2023)."""
 
 import math
 import warnings

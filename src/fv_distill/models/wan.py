@@ -97,7 +97,7 @@ class WanModel(ModelBase):
             weights=weights,
             gradient_checkpointing=gradient_checkpointing,
             attention_backend=attention_backend,
-            component=chosen.component,
+            subfolder=chosen.component,
         )
         return cls(
             transformer,

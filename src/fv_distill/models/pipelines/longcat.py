@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.image_processor import PipelineImageInput
 from diffusers.loaders import Mochi1LoraLoaderMixin
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -22,6 +23,8 @@ from fv_distill.models.transformers.longcat import LongCatVideoTransformer3DMode
 Generators = torch.Generator | list[torch.Generator] | None
 # The published sampling ends at timestep 1 before the shift.
 _LAST_SIGMA = 1e-3
+# An unconditional velocity of zero has no direction to project on.
+_SMALLEST_SQUARE = 1e-8
 
 
 class LongCatVideoPipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):  # the mixin is the plainest for one network
@@ -65,6 +68,7 @@ class LongCatVideoPipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):  # the mix
         prompt: str | Sequence[str],
         *,
         negative_prompt: str = "",
+        image: PipelineImageInput | None = None,
         video: Tensor | None = None,
         height: int = 480,
         width: int = 832,
@@ -83,7 +87,8 @@ class LongCatVideoPipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):  # the mix
         Args:
             prompt: one or several.
             negative_prompt: what guidance's other pass reads.
-            video: the clips' beginnings `[B, 3, 4k + 1, height, width]` in [0, 1]: an image, or a clip to continue.
+            image: the clips' first frame, scaled to their size; a tensor is `[B, 3, H, W]` in [0, 1].
+            video: the clips' beginnings `[B, 3, 4k + 1, height, width]` in [0, 1], in place of an image.
             height: in pixels, a multiple of 16.
             width: in pixels, a multiple of 16.
             num_frames: 4k + 1.
@@ -97,9 +102,13 @@ class LongCatVideoPipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):  # the mix
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step.
 
         Raises:
-            ValueError: for sizes that are no multiple of what the network and the VAE fold.
+            ValueError: for sizes that are no multiple of what the network and the VAE fold, or an image and a video.
         """
         self._check_size(height, width, num_frames)
+        if image is not None:
+            if video is not None:
+                raise ValueError("image and video are both given, but a clip begins in one way; leave one out")
+            video = self.video_processor.preprocess(image, height=height, width=width)[:, :, None] / 2 + 0.5
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         device = self._execution_device
         texts = [self._encode(prompts, max_sequence_length, device)]
@@ -142,8 +151,9 @@ class LongCatVideoPipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):  # the mix
             return conditional
         unconditional = others[0]
         if zero_star:
-            products = (conditional * unconditional).flatten(1).sum(1) / unconditional.square().flatten(1).sum(1)
-            unconditional = unconditional * products.view(-1, 1, 1, 1, 1)
+            products = (conditional * unconditional).flatten(1).sum(1)
+            scales = products / unconditional.square().flatten(1).sum(1).clamp(min=_SMALLEST_SQUARE)
+            unconditional = unconditional * scales.view(-1, 1, 1, 1, 1)
         return unconditional + scale * (conditional - unconditional)
 
     def _set_timesteps(self, steps: int, device: torch.device) -> None:

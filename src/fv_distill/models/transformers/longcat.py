@@ -4,6 +4,7 @@ Names of modules and config keys are those of the published checkpoint, meituan-
 as it is. Block-sparse attention, which the release switches on for its 720p refinement only, is not implemented.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ class Float32Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` in any floating type, the result in float32."""
-        with torch.autocast(input.device.type, enabled=False):
+        # Shapes are estimated on the meta device, which has no autocast.
+        kind = input.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             bias = None if self.bias is None else self.bias.float()
             return F.linear(input.float(), self.weight.float(), bias)
 

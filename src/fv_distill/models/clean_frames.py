@@ -1,0 +1,93 @@
+"""Clips whose first latent frames are given clean: what a network sees there, and the velocity that leads there."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .conditioning import Conditioning
+
+COLUMN = "first_frame_latent"
+"""The data column of normalised latents `[C, k, H, W]`, as FastVideo's preprocessing writes it."""
+
+# The column of a teacher's sampling paths `[steps, C, T, H, W]`, normalised, whose last state is a clip.
+_PATHS = "trajectory_latents"
+
+# Below it the way to a given frame is no longer divided by sigma: x_t is that frame up to a thousandth of noise.
+_SMALLEST_SIGMA = 1e-3
+
+
+def check_condition_frames(count: int, num_frames: int | None = None) -> int:
+    """The number of given frames, if it is one and leaves something to generate of a clip's latent frames.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if count < 0:
+        raise ValueError(f"condition_frames={count} must not be negative; 0 is text-to-video")
+    if num_frames is not None and count >= num_frames:
+        raise ValueError(
+            f"models.<role>.condition_frames={count} leaves nothing to generate of {num_frames} latent frames"
+        )
+    return count
+
+
+def check_clean_column(shapes: Mapping[str, Sequence[int]], latent_shape: Sequence[int], count: int) -> None:
+    """Raise a `ValueError` if rows, here their tensors' shapes by column, don't have what `give_frames` takes."""
+    channels, _, height, width = latent_shape
+    if count == 0 or "vae_latent" in shapes or _PATHS in shapes:
+        return
+    if tuple(shapes.get(COLUMN, ())) != (channels, count, height, width):
+        raise ValueError(
+            f"models.<role>.condition_frames={count}, but the rows hold neither clips nor a {COLUMN} of the shape "
+            f"{(channels, count, height, width)}"
+        )
+
+
+def give_frames(
+    conditioning: Conditioning, batch: Mapping[str, Any], count: int, normalize: Callable[[Tensor], Tensor]
+) -> Conditioning:
+    """A batch's conditioning with its first `count` latent frames, normalised, or without any for 0.
+
+    They are the clips' own where the rows hold clips or the paths that lead to some, which is right for a causal VAE,
+    and else the column's.
+
+    Args:
+        conditioning: of the batch.
+        batch: as the data loader makes it.
+        count: how many are given.
+        normalize: the adapter's `normalize_latents`.
+
+    """
+    extras = {name: value for name, value in conditioning.extras.items() if name != COLUMN}
+    if count == 0:
+        return replace(conditioning, extras=extras)
+    if "vae_latent" in batch:
+        frames = normalize(batch["vae_latent"][:, :, :count])
+    elif _PATHS in batch:
+        frames = batch[_PATHS][:, -1, :, :count].float()
+    else:
+        frames = batch[COLUMN].float()
+    return replace(conditioning, extras={**extras, COLUMN: frames})
+
+
+def put_in_place(x_t: Tensor, sigma: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """Given frames `[B, C, k, H, W]` in the place of `x_t`'s first, and sigma as `[B, T]`, fp32, 0 there."""
+    levels = per_frame(sigma, x_t)
+    count = given.shape[2]
+    levels = torch.cat([torch.zeros_like(levels[:, :count]), levels[:, count:]], dim=1)
+    return torch.cat([given.to(x_t.dtype), x_t[:, :, count:]], dim=2), levels
+
+
+def lead_to(given: Tensor, x_t: Tensor, sigma: Tensor, velocity: Tensor) -> Tensor:
+    """A network's velocity with `(x_t - given) / sigma` for the given frames, so that x0 is what was given."""
+    count = given.shape[2]
+    scale = per_frame(sigma, x_t)[:, None, :count, None, None].clamp(min=_SMALLEST_SIGMA)
+    return torch.cat([(x_t[:, :, :count].float() - given.float()) / scale, velocity[:, :, count:]], dim=2)
+
+
+def per_frame(sigma: Tensor, x_t: Tensor) -> Tensor:
+    """Sigma `[B]` or `[B, T]` as `[B, T]`, fp32."""
+    return sigma.float() if sigma.ndim == 2 else sigma.float()[:, None].expand(-1, x_t.shape[2])

@@ -1,0 +1,61 @@
+"""Kandinsky 5's text encoders and VAE, called as `Kandinsky5T2VPipeline` calls them."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, Kandinsky5T2VPipeline
+from torch import Tensor
+
+from .conditioning import Conditioning
+from .encoders import Encoders
+
+
+class Kandinsky5Encoders(Encoders):
+    """See `Encoders`; Qwen's tokens are the text, CLIP's pooled vector is `pooled_text_embedding`."""
+
+    @cached_property
+    def text_pipeline(self) -> Any:
+        """A `Kandinsky5T2VPipeline` of nothing but its two text encoders and their tokenizers."""
+        pipeline = Kandinsky5T2VPipeline.from_pretrained(self.directory, transformer=None, vae=None, dtype=self.dtype)
+        pipeline.text_encoder.to(self.device)
+        pipeline.text_encoder_2.to(self.device)
+        return pipeline
+
+    @cached_property
+    def vae(self) -> Any:
+        """The `AutoencoderKLHunyuanVideo`."""
+        kind = AutoencoderKLHunyuanVideo
+        return kind.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(self.device)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """See `Encoders.encode_prompts`; template, cropping and the choice of a hidden layer are the pipeline's own.
+
+        Prompts are encoded one by one: in a batch the pipeline's encoder would see, and pass on, their padding.
+        """
+        texts, pooled = [], []
+        for prompt in prompts:
+            text, vector, _ = self.text_pipeline.encode_prompt(
+                [prompt], max_sequence_length=self.text_length, device=self.device
+            )
+            texts.append(text[0, : self.text_length].float())
+            pooled.append(vector.float())
+        padded = torch.zeros(len(texts), self.text_length, texts[0].shape[-1], device=self.device)
+        mask = torch.zeros(len(texts), self.text_length, dtype=torch.bool, device=self.device)
+        for row, text in enumerate(texts):
+            padded[row, : len(text)], mask[row, : len(text)] = text, True
+        return Conditioning(padded, mask, {"pooled_text_embedding": torch.cat(pooled)})
+
+    @torch.no_grad()
+    def encode_video(self, video: Tensor) -> Tensor:
+        """See `Encoders.encode_video`."""
+        pixels = 2 * video.to(self.device, self.vae.dtype) - 1
+        return self.vae.encode(pixels).latent_dist.mode().float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Encoders.decode`."""
+        video = self.vae.decode(latents.to(self.device, self.vae.dtype), return_dict=False)[0]
+        return (video.float() / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,74 @@
+"""LTX-2's text encoder with its connectors, and its VAE, called as `LTX2Pipeline` calls them."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLLTX2Video, LTX2Pipeline
+from safetensors import safe_open
+from torch import Tensor
+
+from .conditioning import Conditioning
+from .encoders import Encoders
+from .pretrained import load_component_config
+
+
+class LTX2Encoders(Encoders):
+    """See `Encoders`; the text is what the connectors make of Gemma's layers, with registers in place of padding."""
+
+    @cached_property
+    def text_pipeline(self) -> Any:
+        """An `LTX2Pipeline` of nothing but the text encoder, its tokenizer and the connectors."""
+        absent: dict[str, Any] = dict.fromkeys(("transformer", "vae", "audio_vae", "vocoder"))
+        pipeline = LTX2Pipeline.from_pretrained(self.directory, dtype=self.dtype, **absent)
+        pipeline.text_encoder.to(self.device)
+        pipeline.connectors.to(self.device)
+        return pipeline
+
+    @cached_property
+    def vae(self) -> Any:
+        """The `AutoencoderKLLTX2Video`."""
+        kind = AutoencoderKLLTX2Video
+        return kind.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(self.device)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """See `Encoders.encode_prompts`; the connectors fill what is left of `text_length` with learned registers."""
+        pipeline = self.text_pipeline
+        states, mask, _, _ = pipeline.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.text_length,
+            device=self.device,
+        )
+        text, _, mask = pipeline.connectors(states, mask, padding_side=pipeline.tokenizer.padding_side)
+        return Conditioning(text.float(), mask.bool())
+
+    @torch.no_grad()
+    def encode_video(self, video: Tensor) -> Tensor:
+        """See `Encoders.encode_video`."""
+        pixels = 2 * video.to(self.device, self.vae.dtype) - 1
+        return self.vae.encode(pixels).latent_dist.mode().float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Encoders.decode`."""
+        video = self.vae.decode(latents.to(self.device, self.vae.dtype), None, return_dict=False)[0]
+        return (video.float() / 2 + 0.5).clamp(0, 1)
+
+
+def read_statistics(directory: Path) -> tuple[Tensor, Tensor]:
+    """The per-channel mean and scaled deviation of latents `[1, C, 1, 1, 1]`; the VAE has them among its weights."""
+    config = load_component_config(directory, "vae")
+    channels = int(config["latent_channels"])
+    found = {"latents_mean": torch.zeros(channels), "latents_std": torch.ones(channels)}
+    # An estimate, on the meta device, has configs without weights.
+    if torch.get_default_device().type != "meta":
+        for file in sorted((directory / "vae").glob("*.safetensors")):
+            with safe_open(file, framework="pt") as weights:
+                present = set(weights.keys()) & found.keys()
+                found |= {name: weights.get_tensor(name).float() for name in present}
+    mean, std = (found[name].view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return mean, std / float(config.get("scaling_factor", 1.0))
