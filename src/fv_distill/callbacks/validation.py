@@ -157,8 +157,8 @@ class ValidationCallback(Callback):
     def _defaults(self, trainer: "Trainer") -> dict[str, Any]:
         student, data = trainer.models["student"], trainer.config.training.data
         training = training_call_arguments(student.directory, trainer.latent_shape, text_length=data.text_length)
-        few_step = {} if self.sigmas is None else {"guidance_scale": 1.0}
-        return {**training, **few_step, "negative_prompt": student.negative_prompt}
+        guidance = student.sampling_arguments(None if self.sigmas is None else 1.0)
+        return {**training, **guidance, "negative_prompt": student.negative_prompt}
 
     def _takes(self, key: str) -> bool:
         return self._accepted is None or key in self._accepted

@@ -1,9 +1,13 @@
 """The arguments that a pipeline has to be called with to make clips like those that a student was trained on."""
 
-from collections.abc import Sequence
+import inspect
+import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from fv_distill.models.pretrained import load_component_config
+import diffusers
+
+from fv_distill.models.pretrained import read_vae_factors
 
 
 def training_call_arguments(directory: Path, latent_shape: Sequence[int], *, text_length: int) -> dict[str, int]:
@@ -14,13 +18,20 @@ def training_call_arguments(directory: Path, latent_shape: Sequence[int], *, tex
         latent_shape: `[C, T, H, W]` that was trained on.
         text_length: tokens that the prompts were padded to.
     """
-    vae = load_component_config(directory, "vae")
+    factor, spatial_factor = read_vae_factors(directory)
     _, frames, height, width = latent_shape
-    factor = vae["scale_factor_temporal"]
-    return {
-        "height": height * vae["scale_factor_spatial"],
-        "width": width * vae["scale_factor_spatial"],
+    call = {
+        "height": height * spatial_factor,
+        "width": width * spatial_factor,
         # The pipeline rounds to 4k + 1 by rounding down and adding 1, which without temporal folding is one too many.
         "num_frames": (frames - 1) * factor + (1 if factor > 1 else 0),
         "max_sequence_length": text_length,
     }
+    accepted = _accepted_arguments(directory)
+    return {key: value for key, value in call.items() if accepted is None or key in accepted}
+
+
+def _accepted_arguments(directory: Path) -> Collection[str] | None:
+    """What the directory's pipeline can be called with; None for one that diffusers doesn't have."""
+    kind = getattr(diffusers, json.loads((directory / "model_index.json").read_text())["_class_name"], None)
+    return None if kind is None else inspect.signature(kind.__call__).parameters

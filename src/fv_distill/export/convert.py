@@ -81,6 +81,8 @@ def convert(
             metadata["latent_shape"],
             text_length=metadata["config"]["training"]["data"]["text_length"],
         ),
+        # Checkpoints of earlier versions don't tell; they are Wan's.
+        guidance=metadata.get("sampling") if role == "student" else None,
         versions=metadata["versions"],
         hub_model_id=pipeline["hub_model_id"] if pipeline["push_to_hub"] else None,
         training=training_record(metadata),

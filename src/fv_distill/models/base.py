@@ -40,6 +40,10 @@ class ModelBase(RoleNetwork, ABC):
     network_class: ClassVar[type[Any]]
     encoders_class: ClassVar[type[Encoders]]
     required_channels: ClassVar[tuple[str, ...]] = ("text",)
+    # Data columns beside `text_embedding` that the network can't do without.
+    required_columns: ClassVar[tuple[str, ...]] = ()
+    # Whether `predict_velocity` takes sigma `[B, T]`, a noise level per latent frame.
+    takes_sigma_per_frame: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -58,6 +62,8 @@ class ModelBase(RoleNetwork, ABC):
         self.flow_shift = flow_shift
         self.negative_prompt = negative_prompt
         self.text_length = text_length
+        # Whether batches come with captions dropped, in whose place the empty prompt goes.
+        self.drops_captions = True
         self._prompts: dict[str, Conditioning] = {}
 
     @classmethod
@@ -170,6 +176,26 @@ class ModelBase(RoleNetwork, ABC):
         A family that can, overrides this; its network has to have diffusers' `enable_parallelism`.
         """
         raise ValueError(f"{type(self).__name__} can't share a clip's tokens between processes")
+
+    def check_unconditional_text(self, policy: str) -> None:
+        """Raise a `ValueError` unless guidance's unconditional pass can have such a text; see `UncondPolicy.text`."""
+        if policy == "drop" and "text" in self.required_channels:
+            raise ValueError(f"drop, but {type(self).__name__} can't run without text; use negative_prompt or zero")
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise a `ValueError` that names the fix if `encode_prompts` can't encode one of these; loads nothing."""
+
+    def sampling_arguments(self, guidance_scale: float | None) -> dict[str, Any]:
+        """Guidance of this scale as arguments of the family's diffusers pipeline; None is the pipeline's own."""
+        return {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+
+    def extra_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """A sample's shape of each `Conditioning.extras` that the network needs, for clips `[C, T, H, W]`."""
+        return {}
+
+    def text_width(self, encoder_width: int) -> int:
+        """The width of text embeddings that a text encoder of hidden size `encoder_width` makes for this family."""
+        return encoder_width
 
     # What follows from it
 

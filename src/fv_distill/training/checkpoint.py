@@ -257,6 +257,7 @@ class CheckpointManager:
         few_step = None
         if sigmas is not None:
             few_step = {"sigmas": list(sigmas), "sample_type": trainer.method.sample_type, "guidance_scale": 1.0}
+        student = trainer.models.get("student")
         return {
             "format": CHECKPOINT_FORMAT,
             "step": trainer.step,
@@ -270,6 +271,8 @@ class CheckpointManager:
             },
             "lora": {name: asdict(lora) for name, role in trainer.roles.items() if (lora := role.model.lora)},
             "few_step": few_step,
+            # A few-step student is sampled without guidance, whatever that is called.
+            "sampling": {} if student is None else student.sampling_arguments(None if few_step is None else 1.0),
             "causal": self._streaming(),
             "latent_shape": list(trainer.latent_shape),
             "callbacks": trainer.callbacks.state_dict(),

@@ -236,6 +236,13 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
             "that the student shall generate"
         )
     student.check_text(tuple(row["text_embedding"].shape))
+    missing = [column for column in student.required_columns if column not in row]
+    if missing:
+        raise ValueError(
+            f"training.data.data_path: the rows lack {', '.join(missing)}, which {type(student).__name__} needs beside "
+            "text_embedding; preprocess the data with this model"
+        )
+    student.check_prompts(method.prompts())
     if config.pipeline.export_dir is not None:
         check_output(Path(config.pipeline.export_dir), student.directory, overwrite=True)
     # A causal student streams without a scheduler.

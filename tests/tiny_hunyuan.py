@@ -1,0 +1,107 @@
+"""Complete HunyuanVideo pipeline directories with random weights, small enough to be made in every test session."""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from tiny_models import WORDS
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+TEXT_DIM = 16
+POOLED_DIM = 8
+LATENT_CHANNELS = 4
+FLOW_SHIFT = 7.0
+# Words that stand for a template's first tokens, which the pipelines crop by their number.
+_SYSTEM = "system"
+
+
+def make_tiny_hunyuan_transformer(seed: int = 0, **config: object) -> HunyuanVideoTransformer3DModel:
+    """One block of each kind, two heads."""
+    torch.manual_seed(seed)
+    sizes = {
+        "in_channels": LATENT_CHANNELS,
+        "out_channels": LATENT_CHANNELS,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_refiner_layers": 1,
+        "mlp_ratio": 2.0,
+        "text_embed_dim": TEXT_DIM,
+        "pooled_projection_dim": POOLED_DIM,
+        "rope_axes_dim": (4, 4, 4),
+    }
+    return HunyuanVideoTransformer3DModel(**{**sizes, **config})
+
+
+def make_tiny_hunyuan_directory(path: Path, *, seed: int = 0) -> Path:
+    """Save tokenizers, LLaMA, CLIP, VAE (temporal 4, spatial 8), transformer and scheduler as one pipeline."""
+    torch.manual_seed(seed)
+    vocabulary_size = len(WORDS) + 4
+    llama = LlamaModel(
+        LlamaConfig(
+            vocab_size=vocabulary_size,
+            hidden_size=TEXT_DIM,
+            intermediate_size=32,
+            # The pipeline reads the layer before the last two.
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=256,
+            pad_token_id=0,
+        )
+    )
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary_size,
+            hidden_size=POOLED_DIM,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+    prefix = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")[0]
+    HunyuanVideoPipeline(
+        text_encoder=llama.eval(),
+        tokenizer=make_tiny_tokenizer({prefix: f"{_SYSTEM} " * DEFAULT_PROMPT_TEMPLATE["crop_start"], "<|eot_id|>": ""}),
+        text_encoder_2=clip.eval(),
+        tokenizer_2=make_tiny_tokenizer({}),
+        vae=_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
+        transformer=make_tiny_hunyuan_transformer(seed),
+    ).save_pretrained(path)
+    return path
+
+
+def make_tiny_tokenizer(replaced: dict[str, str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of a few words, after replacing strings: a template by as many words as the published one has tokens."""
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", _SYSTEM, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    steps = [normalizers.Replace(old, new) for old, new in replaced.items()]
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def _vae() -> AutoencoderKLHunyuanVideo:
+    return AutoencoderKLHunyuanVideo(
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.476986,
+        mid_block_add_attention=True,
+    )
