@@ -5,17 +5,33 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
+from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from tiny_models import WORDS
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import (
+    ByT5Tokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 TEXT_DIM = 16
 POOLED_DIM = 8
+GLYPH_DIM = 8
 LATENT_CHANNELS = 4
 FLOW_SHIFT = 7.0
 # Words that stand for a template's first tokens, which the pipelines crop by their number.
@@ -105,3 +121,67 @@ def _vae() -> AutoencoderKLHunyuanVideo:
         scaling_factor=0.476986,
         mid_block_add_attention=True,
     )
+
+
+def make_tiny_hunyuan15_transformer(seed: int = 0, **config: object) -> HunyuanVideo15Transformer3DModel:
+    """Two blocks, two heads."""
+    torch.manual_seed(seed)
+    sizes = {
+        "in_channels": 2 * LATENT_CHANNELS + 1,
+        "out_channels": LATENT_CHANNELS,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 2,
+        "num_refiner_layers": 1,
+        "mlp_ratio": 2.0,
+        "text_embed_dim": TEXT_DIM,
+        "text_embed_2_dim": GLYPH_DIM,
+        "image_embed_dim": 6,
+        "rope_axes_dim": (4, 4, 4),
+        "target_size": 32,
+        "task_type": "t2v",
+    }
+    return HunyuanVideo15Transformer3DModel(**{**sizes, **config})
+
+
+def make_tiny_hunyuan15_directory(path: Path, *, seed: int = 0) -> Path:
+    """Save tokenizers, Qwen, T5 over bytes, VAE (temporal 4, spatial 16), transformer and scheduler as one pipeline."""
+    torch.manual_seed(seed)
+    qwen = Qwen2_5_VLTextModel(
+        Qwen2_5_VLTextConfig(
+            vocab_size=len(WORDS) + 4,
+            hidden_size=TEXT_DIM,
+            intermediate_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=256,
+            rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
+            pad_token_id=0,
+        )
+    )
+    byt5 = T5EncoderModel(T5Config(vocab_size=384, d_model=GLYPH_DIM, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=LATENT_CHANNELS, block_out_channels=(4, 4, 4, 8, 8), layers_per_block=1
+    )
+    HunyuanVideo15Pipeline(
+        text_encoder=qwen.eval(),
+        tokenizer=make_tiny_chat_tokenizer(num_system_tokens=108),
+        text_encoder_2=byt5.eval(),
+        tokenizer_2=ByT5Tokenizer(),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
+        transformer=make_tiny_hunyuan15_transformer(seed),
+        guider=ClassifierFreeGuidance(guidance_scale=4.0),
+    ).save_pretrained(path)
+    return path
+
+
+def make_tiny_chat_tokenizer(*, num_system_tokens: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose chat template puts so many tokens before the user's words."""
+    tokenizer = make_tiny_tokenizer({})
+    tokenizer.chat_template = (
+        "{{ '" + f"{_SYSTEM} " * num_system_tokens + "' }}{% for message in messages %}{% if message.role == 'user' %}"
+        "{{ message.content if message.content is string else message.content[0].text }}{% endif %}{% endfor %}"
+    )
+    return tokenizer

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = attach(
         "base": ["CausalModelBase", "ModelBase"],
         "conditioning": ["Conditioning", "PreparedBatch", "UncondPolicy", "unconditional"],
         "hunyuan": ["HunyuanVideoModel"],
+        "hunyuan15": ["HunyuanVideo15Model"],
         "kv_cache": ["KVCache"],
         "wan": ["WanModel"],
         "wan_causal": ["CausalWanModel"],

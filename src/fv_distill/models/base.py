@@ -44,6 +44,8 @@ class ModelBase(RoleNetwork, ABC):
     required_columns: ClassVar[tuple[str, ...]] = ()
     # Whether `predict_velocity` takes sigma `[B, T]`, a noise level per latent frame.
     takes_sigma_per_frame: ClassVar[bool] = True
+    # Whether the network can be called with shapes alone, as `fv-distill estimate` does.
+    runs_on_meta: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -99,8 +99,14 @@ def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:
         with torch.device("meta"):
             models = build_models(local)
         student = models["student"]
+        for role, model in models.items():
+            if not model.runs_on_meta:
+                raise ValueError(
+                    f"models.{role}: no estimate for a {type(model).__name__}, whose network looks at the values of its "
+                    "inputs and can't be called with shapes alone"
+                )
         encoder = measure_text_encoder(student.directory)
-        text = (config.training.data.text_length, encoder.width)
+        text = (config.training.data.text_length, student.text_width(encoder.width))
         for model in models.values():
             _read_no_prompts(model, text)
         shape = latent_shape(config)

@@ -1,0 +1,58 @@
+"""HunyuanVideo 1.5's text encoders and VAE, called as `HunyuanVideo15Pipeline` calls them."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline
+from torch import Tensor
+
+from .conditioning import Conditioning
+from .encoders import Encoders
+
+
+class HunyuanVideo15Encoders(Encoders):
+    """See `Encoders`; Qwen2.5-VL's tokens are the text, ByT5's of what a prompt has in quotes are `text_embedding_2`."""
+
+    @cached_property
+    def text_pipeline(self) -> Any:
+        """A `HunyuanVideo15Pipeline` of nothing but its two text encoders and their tokenizers."""
+        # This pipeline can't be made without a VAE, whose config it reads; a VAE without weights costs nothing.
+        with torch.device("meta"):
+            kind: Any = AutoencoderKLHunyuanVideo15
+            vae = kind.from_config(kind.load_config(self.directory, subfolder="vae"))
+        pipeline = HunyuanVideo15Pipeline.from_pretrained(self.directory, transformer=None, vae=vae, dtype=self.dtype)
+        pipeline.text_encoder.to(self.device)
+        pipeline.text_encoder_2.to(self.device)
+        # An attribute, where other pipelines have an argument.
+        pipeline.tokenizer_max_length = self.text_length
+        return pipeline
+
+    @cached_property
+    def vae(self) -> Any:
+        """The `AutoencoderKLHunyuanVideo15`."""
+        kind = AutoencoderKLHunyuanVideo15
+        return kind.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(self.device)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """See `Encoders.encode_prompts`; template, cropping and the choice of a hidden layer are the pipeline's own."""
+        text, mask, glyphs, glyph_mask = self.text_pipeline.encode_prompt(
+            list(prompts), batch_size=len(prompts), device=self.device
+        )
+        mask, glyph_mask = mask.bool(), glyph_mask.bool()
+        extras = {"text_embedding_2": glyphs.float() * glyph_mask[..., None], "text_mask_2": glyph_mask}
+        return Conditioning(text.float() * mask[..., None], mask, extras)
+
+    @torch.no_grad()
+    def encode_video(self, video: Tensor) -> Tensor:
+        """See `Encoders.encode_video`."""
+        pixels = 2 * video.to(self.device, self.vae.dtype) - 1
+        return self.vae.encode(pixels).latent_dist.mode().float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Encoders.decode`."""
+        video = self.vae.decode(latents.to(self.device, self.vae.dtype), return_dict=False)[0]
+        return (video.float() / 2 + 0.5).clamp(0, 1)
