@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline
 from torch import Tensor
 
 from .conditioning import Conditioning
-from .encoders import Encoders
+from .encoders import Encoders, vae_without_weights
 
 
 class HunyuanVideo15Encoders(Encoders):
@@ -18,10 +18,7 @@ class HunyuanVideo15Encoders(Encoders):
     @cached_property
     def text_pipeline(self) -> Any:
         """A `HunyuanVideo15Pipeline` of nothing but its two text encoders and their tokenizers."""
-        # This pipeline can't be made without a VAE, whose config it reads; a VAE without weights costs nothing.
-        with torch.device("meta"):
-            kind: Any = AutoencoderKLHunyuanVideo15
-            vae = kind.from_config(kind.load_config(self.directory, subfolder="vae"))
+        vae = vae_without_weights(AutoencoderKLHunyuanVideo15, self.directory)
         pipeline = HunyuanVideo15Pipeline.from_pretrained(self.directory, transformer=None, vae=vae, dtype=self.dtype)
         pipeline.text_encoder.to(self.device)
         pipeline.text_encoder_2.to(self.device)
