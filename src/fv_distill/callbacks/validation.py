@@ -18,7 +18,8 @@ from fv_distill.config.instantiate import resolve_target
 from fv_distill.config.validation import unknown_key
 from fv_distill.console import console
 from fv_distill.export.call_arguments import training_call_arguments
-from fv_distill.export.scheduler import few_step_scheduler
+from fv_distill.export.guider import set_guider
+from fv_distill.export.scheduler import check_few_step_pipeline, few_step_scheduler
 from fv_distill.generation import DEFAULT_GUIDANCE, even_sigmas, stream_clip
 from fv_distill.models.base import CausalModelBase
 from fv_distill.models.conditioning import Conditioning
@@ -104,6 +105,7 @@ class ValidationCallback(Callback):
         self.fps = fps
         self.seed = seed
         self._encoded: Conditioning | None = None
+        self._guider_scale: float | None = None
 
     def on_train_start(self, trainer: "Trainer") -> None:
         """Complete the pipeline's arguments, say where videos go, and fail now if the student can't be sampled."""
@@ -112,10 +114,14 @@ class ValidationCallback(Callback):
         if isinstance(trainer.models["student"], CausalModelBase):
             self._check_streaming()
         elif self.sigmas is not None:
+            check_few_step_pipeline(trainer.models["student"].directory)
             few_step_scheduler(self.sigmas, sample_type=trainer.method.sample_type)
         if self.output_dir is None:
             self.output_dir = Path(trainer.config.training.output_dir) / "validation"
         self.call = {key: value for key, value in self._defaults(trainer).items() if self._takes(key)} | self.call
+        if not self._takes("guidance_scale"):
+            # Such a pipeline's guidance is a component of it.
+            self._guider_scale = self.call.pop("guidance_scale", None if self.sigmas is None else 1.0)
         if trainer.accelerator.is_main_process and best_suffix() == ".gif":
             console.print("validation writes .gif files; for .mp4 install fv_distill[video]", highlight=False)
         without = set(trainer.config.training.tracker.trackers) - TRACKERS_WITH_VIDEOS
@@ -171,6 +177,8 @@ class ValidationCallback(Callback):
         pipeline = self.pipeline_class.from_pretrained(student.directory, transformer=None, **dtypes)
         if self.sigmas is not None:
             pipeline.scheduler = few_step_scheduler(self.sigmas, sample_type=trainer.method.sample_type)
+        if self._guider_scale is not None:
+            set_guider(pipeline, self._guider_scale)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.to(device)
@@ -198,7 +206,7 @@ class ValidationCallback(Callback):
         # give the same noise again.
         torch.manual_seed(derive_seed(self.seed, "validation/fresh_noise", index))
         result = pipeline(
-            self.prompts[index],
+            prompt=self.prompts[index],
             num_inference_steps=steps,
             generator=generator_for(self.seed, "validation/start", index),
             output_type="np",

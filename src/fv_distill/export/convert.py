@@ -17,7 +17,7 @@ from fv_distill.models.pretrained import parse_dtype, resolve_directory
 from .call_arguments import training_call_arguments
 from .checkpoint_weights import load_role_weights, read_checkpoint_metadata
 from .diffusers_dir import build_transformer, export_diffusers_directory
-from .lora_file import LoraWeights, export_lora_directory, merge_lora, write_comfyui_lora
+from .lora_file import LoraWeights, export_lora_directory, merge_lora, pipeline_loads_lora, write_comfyui_lora
 from .run_record import RunFiles, find_run, training_record
 from .student_info import StudentInfo
 from .wan_keys import convert_state_dict_to_original
@@ -91,7 +91,8 @@ def convert(
     spec = metadata["lora"].get(role)
     lora = None if spec is None else LoraWeights(weights, LoraSpec(**spec))
     if export_format is None:
-        export_format = "lora" if lora is not None and info.causal is None else "diffusers"
+        as_lora = lora is not None and info.causal is None and pipeline_loads_lora(resolve_directory(base_model))
+        export_format = "lora" if as_lora else "diffusers"
     output, run = Path(output_dir), run or find_run(Path(checkpoint), metadata["config"])
     return _write(output, weights, lora, info, export_format, dtype=dtype, overwrite=overwrite, run=run)
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from fv_distill.models.pretrained import check_weights_fit, resolve_directory
 
+from .guider import switch_guider_off
 from .model_card import write_model_card
 from .run_record import RECORD_FILES, RunFiles, copy_run_assets
-from .scheduler import few_step_scheduler
+from .scheduler import check_few_step_pipeline, few_step_scheduler
 from .student_info import INFO_FILE, StudentInfo, write_info
 
 
@@ -49,6 +50,7 @@ def export_diffusers_directory(
     check_output(output_dir, base, overwrite=overwrite)
     scheduler: Any = None
     if info.sigmas is not None and info.causal is None:
+        check_few_step_pipeline(base)
         scheduler = few_step_scheduler(info.sigmas, sample_type=info.sample_type)
     transformer = build_transformer(base, weights, dtype=dtype)
     skipped = [] if scheduler is None else ["scheduler"]
@@ -56,6 +58,7 @@ def export_diffusers_directory(
         if scheduler is not None:
             scheduler.save_pretrained(partial / "scheduler")
             _set_scheduler_class(partial / "model_index.json", type(scheduler).__name__)
+            switch_guider_off(partial)
         write_info(partial, info)
         if run is not None:
             copy_run_assets(run, partial, step=info.step)

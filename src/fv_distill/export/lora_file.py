@@ -16,7 +16,7 @@ from fv_distill.models.pretrained import resolve_directory
 from .diffusers_dir import check_output, replaced_directory
 from .model_card import write_model_card
 from .run_record import RunFiles, copy_run_assets
-from .scheduler import few_step_scheduler
+from .scheduler import check_few_step_pipeline, few_step_scheduler
 from .student_info import StudentInfo, write_info
 from .wan_keys import to_original_key
 from .weights_file import check_output_file, write_weights_file
@@ -65,6 +65,8 @@ def export_lora_directory(
     output_dir, base = Path(output_dir), resolve_directory(info.base_model)
     check_output(output_dir, base, overwrite=overwrite, ours=(DIFFUSERS_FILE,))
     pipeline_class = _pipeline_class(base)
+    if info.sigmas is not None:
+        check_few_step_pipeline(base)
     with replaced_directory(output_dir) as partial:
         pipeline_class.save_lora_weights(
             partial,
@@ -141,9 +143,14 @@ def _peft_metadata(spec: LoraSpec) -> dict[str, Any]:
     return {**{key: config[key] for key in kept}, "target_modules": sorted(spec.target_modules)}
 
 
+def pipeline_loads_lora(base: Path) -> bool:
+    """Whether diffusers' pipeline of a directory has `load_lora_weights`."""
+    name = json.loads((base / "model_index.json").read_text())["_class_name"]
+    return hasattr(getattr(diffusers, name, None), "save_lora_weights")
+
+
 def _pipeline_class(base: Path) -> Any:
     name = json.loads((base / "model_index.json").read_text())["_class_name"]
-    kind = getattr(diffusers, name)
-    if not hasattr(kind, "save_lora_weights"):
+    if not pipeline_loads_lora(base):
         raise ValueError(f"diffusers' {name} loads no LoRA; export with --format merged")
-    return kind
+    return getattr(diffusers, name)

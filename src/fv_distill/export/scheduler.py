@@ -10,7 +10,9 @@ which has two free numbers. A shift s of n even steps has w = n s / (s - 1); the
 shift, and `shift_terminal` fixes c. So any list of this form is reached exactly by choosing those two.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -19,6 +21,7 @@ from fv_distill.schedules.few_step import check_falling
 from fv_distill.schedules.shift import shift_sigma
 
 _TRAIN_TIMESTEPS = 1000
+_EDM_PIPELINES = ("Cosmos2VideoToWorldPipeline", "Cosmos2TextToImagePipeline")
 _TOLERANCE = 1e-5
 # Beyond it the smallest training sigma is no longer near 0 and the map from shift to sigmas turns back.
 _LARGEST_SHIFT = 50.0
@@ -54,6 +57,20 @@ def few_step_scheduler(sigmas: Sequence[float], *, sample_type: str = "sde") -> 
             f"{_show(reached)}. Train with evenly spaced dmd_denoising_steps (warped or not), or with up to three steps"
         )
     return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+
+
+def check_few_step_pipeline(directory: Path) -> None:
+    """Find out whether a pipeline samples at the levels that its scheduler is set to.
+
+    Raises:
+        ValueError: for pipelines that put their own noise levels in the scheduler's place.
+    """
+    name = json.loads((directory / "model_index.json").read_text())["_class_name"]
+    if name in _EDM_PIPELINES:
+        raise ValueError(
+            f"{directory} is a {name}, which samples at EDM's noise levels sigma / (1 - sigma): pure noise is infinitely "
+            "far there, and no stock scheduler visits a few-step student's levels. Distil Cosmos-Predict2.5 instead"
+        )
 
 
 def _solve_shift(sigmas: Sequence[float]) -> float:
