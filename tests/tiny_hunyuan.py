@@ -72,6 +72,8 @@ def make_tiny_hunyuan_directory(path: Path, *, seed: int = 0) -> Path:
             num_key_value_heads=1,
             max_position_embeddings=256,
             pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
         )
     )
     clip = CLIPTextModel(
@@ -83,6 +85,7 @@ def make_tiny_hunyuan_directory(path: Path, *, seed: int = 0) -> Path:
             num_attention_heads=2,
             max_position_embeddings=77,
             pad_token_id=0,
+            bos_token_id=None,
             eos_token_id=1,
         )
     )

@@ -19,7 +19,7 @@ from fv_distill.config.validation import unknown_key
 from fv_distill.console import console
 from fv_distill.export.call_arguments import training_call_arguments
 from fv_distill.export.guider import set_guider
-from fv_distill.export.scheduler import check_few_step_pipeline, few_step_scheduler
+from fv_distill.export.scheduler import few_step_scheduler_for
 from fv_distill.generation import DEFAULT_GUIDANCE, even_sigmas, stream_clip
 from fv_distill.models.base import CausalModelBase
 from fv_distill.models.conditioning import Conditioning
@@ -114,8 +114,9 @@ class ValidationCallback(Callback):
         if isinstance(trainer.models["student"], CausalModelBase):
             self._check_streaming()
         elif self.sigmas is not None:
-            check_few_step_pipeline(trainer.models["student"].directory)
-            few_step_scheduler(self.sigmas, sample_type=trainer.method.sample_type)
+            few_step_scheduler_for(
+                trainer.models["student"].directory, self.sigmas, sample_type=trainer.method.sample_type
+            )
         if self.output_dir is None:
             self.output_dir = Path(trainer.config.training.output_dir) / "validation"
         self.call = {key: value for key, value in self._defaults(trainer).items() if self._takes(key)} | self.call
@@ -176,7 +177,9 @@ class ValidationCallback(Callback):
         dtypes = half if trainer.accelerator.mixed_precision == "bf16" else {}
         pipeline = self.pipeline_class.from_pretrained(student.directory, transformer=None, **dtypes)
         if self.sigmas is not None:
-            pipeline.scheduler = few_step_scheduler(self.sigmas, sample_type=trainer.method.sample_type)
+            pipeline.scheduler = few_step_scheduler_for(
+                student.directory, self.sigmas, sample_type=trainer.method.sample_type
+            )
         if self._guider_scale is not None:
             set_guider(pipeline, self._guider_scale)
         for part in pipeline.components.values():

@@ -196,7 +196,7 @@ def _measure_peaks(
     method: TrainingMethod, clip: Clip, layout: Layout
 ) -> tuple[list[UpdatePeak], dict[str, dict[str, int]], dict[str, bool]]:
     """The run's own peaks; activations without and with checkpointing by role; which of the two is the run's own."""
-    batch = make_meta_batch(clip)
+    batch = make_meta_batch(clip, method.models["student"])
 
     peaks = simulate_updates(method, batch, layout=layout, accumulation_steps=clip.accumulation_steps)
     own = {peak.role: bool(_network(method, peak.role).is_gradient_checkpointing) for peak in peaks}

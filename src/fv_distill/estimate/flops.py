@@ -20,6 +20,7 @@ from fv_distill.models.base import CausalModelBase, ModelBase
 from fv_distill.models.conditioning import Conditioning
 from fv_distill.models.transformers.block_causal import visible_history
 
+from .batch import meta_extras
 from .depth import DEEPER, SHALLOW, can_be_cut, cut_to, extrapolate, find_blocks
 from .layout import Layout
 from .meta_execution import MASKED_ATTENTION, MetaExecution
@@ -157,7 +158,9 @@ def _make_inputs(model: ModelBase, call: NetworkCall, shape: ClipShape, start_fr
     channels, frames, height, width = shape.latents
     dtype = model.dtype
     text = torch.empty(shape.batch_size, *shape.text, device="meta", dtype=dtype)
-    conditioning = Conditioning(text, torch.ones(text.shape[:2], dtype=torch.bool, device="meta"))
+    conditioning = Conditioning(
+        text, torch.ones(text.shape[:2], dtype=torch.bool, device="meta"), meta_extras(model, shape.batch_size, shape.latents)
+    )
     cache = None
     if call.span == "chunk":
         assert isinstance(model, CausalModelBase)

@@ -16,7 +16,7 @@ from fv_distill.models.pretrained import check_weights_fit, resolve_directory
 from .guider import switch_guider_off
 from .model_card import write_model_card
 from .run_record import RECORD_FILES, RunFiles, copy_run_assets
-from .scheduler import check_few_step_pipeline, few_step_scheduler
+from .scheduler import few_step_scheduler_for
 from .student_info import INFO_FILE, StudentInfo, write_info
 
 
@@ -50,8 +50,7 @@ def export_diffusers_directory(
     check_output(output_dir, base, overwrite=overwrite)
     scheduler: Any = None
     if info.sigmas is not None and info.causal is None:
-        check_few_step_pipeline(base)
-        scheduler = few_step_scheduler(info.sigmas, sample_type=info.sample_type)
+        scheduler = few_step_scheduler_for(base, info.sigmas, sample_type=info.sample_type)
     transformer = build_transformer(base, weights, dtype=dtype)
     skipped = [] if scheduler is None else ["scheduler"]
     with pipeline_directory(output_dir, base, transformer, skipped=skipped) as partial:

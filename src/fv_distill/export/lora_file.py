@@ -16,7 +16,7 @@ from fv_distill.models.pretrained import resolve_directory
 from .diffusers_dir import check_output, replaced_directory
 from .model_card import write_model_card
 from .run_record import RunFiles, copy_run_assets
-from .scheduler import check_few_step_pipeline, few_step_scheduler
+from .scheduler import few_step_scheduler_for
 from .student_info import StudentInfo, write_info
 from .wan_keys import to_original_key
 from .weights_file import check_output_file, write_weights_file
@@ -65,8 +65,6 @@ def export_lora_directory(
     output_dir, base = Path(output_dir), resolve_directory(info.base_model)
     check_output(output_dir, base, overwrite=overwrite, ours=(DIFFUSERS_FILE,))
     pipeline_class = _pipeline_class(base)
-    if info.sigmas is not None:
-        check_few_step_pipeline(base)
     with replaced_directory(output_dir) as partial:
         pipeline_class.save_lora_weights(
             partial,
@@ -74,7 +72,7 @@ def export_lora_directory(
             transformer_lora_adapter_metadata=_peft_metadata(lora.spec),
         )
         if info.sigmas is not None and info.causal is None:
-            scheduler: Any = few_step_scheduler(info.sigmas, sample_type=info.sample_type)
+            scheduler: Any = few_step_scheduler_for(base, info.sigmas, sample_type=info.sample_type)
             scheduler.save_pretrained(partial / "scheduler")
         info = replace(info, lora_weights=DIFFUSERS_FILE, lora=asdict(lora.spec))
         write_info(partial, info)

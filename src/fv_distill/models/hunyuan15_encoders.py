@@ -44,12 +44,13 @@ class HunyuanVideo15Encoders(Encoders):
 
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
-        """See `Encoders.encode_video`."""
+        """See `Encoders.encode_video`; one clip at a time, as this VAE's attention mask has no batch."""
         pixels = 2 * video.to(self.device, self.vae.dtype) - 1
-        return self.vae.encode(pixels).latent_dist.mode().float()
+        return torch.cat([self.vae.encode(clip).latent_dist.mode() for clip in pixels.split(1)]).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """See `Encoders.decode`."""
-        video = self.vae.decode(latents.to(self.device, self.vae.dtype), return_dict=False)[0]
+        latents = latents.to(self.device, self.vae.dtype)
+        video = torch.cat([self.vae.decode(clip, return_dict=False)[0] for clip in latents.split(1)])
         return (video.float() / 2 + 0.5).clamp(0, 1)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from fv_distill.config.schema import RunConfig
 from fv_distill.console import console
 from fv_distill.data.parquet import ParquetDataset
+from fv_distill.estimate.batch import meta_extras
 from fv_distill.estimate.estimate import Clip, Device, Estimate, make_estimate
 from fv_distill.estimate.layout import Layout, read_layout
 from fv_distill.estimate.parameters import trained_parameters
@@ -23,7 +24,7 @@ from fv_distill.hardware import peak_flops
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.methods.options import TrajectoryOptions
 from fv_distill.models.base import ModelBase
-from fv_distill.models.conditioning import Conditioning
+from fv_distill.models.conditioning import TEXT_COLUMNS, Conditioning
 from fv_distill.rollouts.ode import STATES
 
 from .optim import build_optimizer
@@ -107,9 +108,9 @@ def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:
                 )
         encoder = measure_text_encoder(student.directory)
         text = (config.training.data.text_length, student.text_width(encoder.width))
-        for model in models.values():
-            _read_no_prompts(model, text)
         shape = latent_shape(config)
+        for model in models.values():
+            _read_no_prompts(model, text, shape)
         student.check_latent_shape(shape)
         method, teacher = _split(config, models)
         data, loop = config.training.data, config.training.loop
@@ -208,12 +209,15 @@ def _optimizers(method: TrainingMethod, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _read_no_prompts(model: ModelBase, text: tuple[int, int]) -> None:
+def _read_no_prompts(model: ModelBase, text: tuple[int, int], latents: Sequence[int]) -> None:
     """Let an adapter take prompts for encoded without an encoder."""
 
     def encode(prompts: Sequence[str]) -> Conditioning:
         size = len(prompts)
         embeddings = torch.empty(size, *text, device="meta")
-        return Conditioning(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device="meta"))
+        extras = {
+            name: value for name, value in meta_extras(model, size, latents).items() if name in TEXT_COLUMNS
+        }
+        return Conditioning(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device="meta"), extras)
 
     vars(model)["encode_prompts"] = encode

@@ -23,7 +23,7 @@ from fv_distill.data.parquet import ParquetDataset
 from fv_distill.export.checkpoint_weights import read_checkpoint_metadata
 from fv_distill.export.convert import convert
 from fv_distill.export.diffusers_dir import check_output
-from fv_distill.export.scheduler import check_few_step_pipeline, few_step_scheduler
+from fv_distill.export.scheduler import few_step_scheduler_for
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.models.base import CausalModelBase, ModelBase
 from fv_distill.rollouts.ode import STATES
@@ -254,8 +254,7 @@ def _check_export(method: TrainingMethod, directory: Path, *, wanted: bool) -> N
     """An export that is asked for has to be possible; one that may be asked for later is worth a warning now."""
     assert method.few_step_sigmas is not None, "the caller looked"
     try:
-        check_few_step_pipeline(directory)
-        few_step_scheduler(method.few_step_sigmas, sample_type=method.sample_type)
+        few_step_scheduler_for(directory, method.few_step_sigmas, sample_type=method.sample_type)
     except ValueError as error:
         if wanted:
             raise
