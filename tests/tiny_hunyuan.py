@@ -92,7 +92,9 @@ def make_tiny_hunyuan_directory(path: Path, *, seed: int = 0) -> Path:
     prefix = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")[0]
     HunyuanVideoPipeline(
         text_encoder=llama.eval(),
-        tokenizer=make_tiny_tokenizer({prefix: f"{_SYSTEM} " * DEFAULT_PROMPT_TEMPLATE["crop_start"], "<|eot_id|>": ""}),
+        tokenizer=make_tiny_tokenizer(
+            {prefix: f"{_SYSTEM} " * DEFAULT_PROMPT_TEMPLATE["crop_start"], "<|eot_id|>": ""}
+        ),
         text_encoder_2=clip.eval(),
         tokenizer_2=make_tiny_tokenizer({}),
         vae=_vae(),
@@ -103,7 +105,7 @@ def make_tiny_hunyuan_directory(path: Path, *, seed: int = 0) -> Path:
 
 
 def make_tiny_tokenizer(replaced: dict[str, str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of a few words, after replacing strings: a template by as many words as the published one has tokens."""
+    """A tokenizer of a few words that first replaces strings, as templates by so many words as they have tokens."""
     vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", _SYSTEM, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     steps = [normalizers.Replace(old, new) for old, new in replaced.items()]

@@ -1,5 +1,7 @@
 """One denoising step of diffusers' Cosmos pipelines, Predict2.5 and Predict2, against the adapter's."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import Cosmos2_5_PredictBasePipeline, Cosmos2VideoToWorldPipeline, FlowMatchEulerDiscreteScheduler
@@ -73,7 +75,7 @@ def run_adapter(model, sigmas, noise, *, scale, extras=None):
     if extras is not None:
         positive, negative = (type(text)(text.text, text.text_mask, extras) for text in (positive, negative))
     x_t = noise
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, following in pairwise(sigmas):
         velocity = model.predict_velocity(x_t, sigma[None], positive)
         if scale != 1:
             velocity = flow.guide(velocity, model.predict_velocity(x_t, sigma[None], negative), scale)

@@ -159,7 +159,9 @@ def _make_inputs(model: ModelBase, call: NetworkCall, shape: ClipShape, start_fr
     dtype = model.dtype
     text = torch.empty(shape.batch_size, *shape.text, device="meta", dtype=dtype)
     conditioning = Conditioning(
-        text, torch.ones(text.shape[:2], dtype=torch.bool, device="meta"), meta_extras(model, shape.batch_size, shape.latents)
+        text,
+        torch.ones(text.shape[:2], dtype=torch.bool, device="meta"),
+        meta_extras(model, shape.batch_size, shape.latents),
     )
     cache = None
     if call.span == "chunk":

@@ -1,13 +1,12 @@
 """The arguments that a pipeline has to be called with to make clips like those that a student was trained on."""
 
 import inspect
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import diffusers
 
-from fv_distill.models.pretrained import read_vae_factors
+from fv_distill.models.pretrained import read_pipeline_class, read_vae_factors
 
 
 def training_call_arguments(directory: Path, latent_shape: Sequence[int], *, text_length: int) -> dict[str, int]:
@@ -33,5 +32,5 @@ def training_call_arguments(directory: Path, latent_shape: Sequence[int], *, tex
 
 def _accepted_arguments(directory: Path) -> Collection[str] | None:
     """What the directory's pipeline can be called with; None for one that diffusers doesn't have."""
-    kind = getattr(diffusers, json.loads((directory / "model_index.json").read_text())["_class_name"], None)
+    kind = getattr(diffusers, read_pipeline_class(directory), None)
     return None if kind is None else inspect.signature(kind.__call__).parameters

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fv_distill.lora import LoraSpec
-from fv_distill.models.pretrained import resolve_directory
+from fv_distill.models.pretrained import read_pipeline_class, resolve_directory
 
 from .diffusers_dir import check_output, replaced_directory
 from .model_card import write_model_card
@@ -143,12 +143,11 @@ def _peft_metadata(spec: LoraSpec) -> dict[str, Any]:
 
 def pipeline_loads_lora(base: Path) -> bool:
     """Whether diffusers' pipeline of a directory has `load_lora_weights`."""
-    name = json.loads((base / "model_index.json").read_text())["_class_name"]
-    return hasattr(getattr(diffusers, name, None), "save_lora_weights")
+    return hasattr(getattr(diffusers, read_pipeline_class(base), None), "save_lora_weights")
 
 
 def _pipeline_class(base: Path) -> Any:
-    name = json.loads((base / "model_index.json").read_text())["_class_name"]
+    name = read_pipeline_class(base)
     if not pipeline_loads_lora(base):
         raise ValueError(f"diffusers' {name} loads no LoRA; export with --format merged")
     return getattr(diffusers, name)

@@ -11,13 +11,13 @@ shift, and `shift_terminal` fixes c. So any list of this form is reached exactly
 Pipelines that pass even steps themselves have them shifted once only, which is the same map with the scheduler's s.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from fv_distill.models.pretrained import read_pipeline_class
 from fv_distill.schedules.few_step import check_falling
 from fv_distill.schedules.shift import shift_sigma
 
@@ -81,11 +81,12 @@ def few_step_scheduler_for(
     Raises:
         ValueError: as `few_step_scheduler`, and for pipelines that sample at levels of another kind.
     """
-    name = json.loads((directory / "model_index.json").read_text())["_class_name"]
+    name = read_pipeline_class(directory)
     if name in _EDM_PIPELINES:
         raise ValueError(
-            f"{directory} is a {name}, which samples at EDM's noise levels sigma / (1 - sigma): pure noise is infinitely "
-            "far there, and no stock scheduler visits a few-step student's levels. Distil Cosmos-Predict2.5 instead"
+            f"{directory} is a {name}, which samples at EDM's noise levels sigma / (1 - sigma): pure noise is "
+            "infinitely far there, and no stock scheduler visits a few-step student's levels. Distil Cosmos-Predict2.5 "
+            "instead"
         )
     return few_step_scheduler(sigmas, sample_type=sample_type, even_start=name in _EVEN_PIPELINES)
 

@@ -38,8 +38,9 @@ class DiffusionForcingSFTMethod(TrainingMethod):
         self.chunk_size = self.options.chunk_size
         if not self.student.takes_sigma_per_frame:
             raise ValueError(
-                f"DiffusionForcingSFTMethod needs a noise level of its own for every chunk, but {type(self.student).__name__} "
-                "has one time embedding for the whole clip; use FineTuneMethod, or a family that takes one per frame"
+                "DiffusionForcingSFTMethod gives every chunk a noise level of its own, but "
+                f"{type(self.student).__name__} has one time embedding for the whole clip; use FineTuneMethod, or a "
+                "family that takes one per frame"
             )
         if isinstance(self.student, CausalModelBase):
             if self.chunk_size % self.student.chunk_size:

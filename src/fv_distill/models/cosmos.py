@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .base import ModelBase
 from .conditioning import Conditioning
-from .cosmos_encoders import PIPELINES, CosmosEncoders, pipeline_name
+from .cosmos_encoders import PIPELINES, CosmosEncoders
 from .latent_checks import check_clip_shape
-from .pretrained import load_component_config, read_vae_factors
+from .pretrained import load_component_config, read_pipeline_class, read_vae_factors
 from .prompt_file import read_prompt_file
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -34,8 +34,8 @@ class CosmosModel(ModelBase):
     Args:
         transformer: the network.
         directory: see `ModelBase`.
-        fps: frames per second that the positions along T are scaled by; None is what the pipeline passes: no scaling for
-            Predict2.5, 16 for Predict2.
+        fps: frames per second that the positions along T are scaled by; None is what the pipeline passes: no scaling
+            for Predict2.5, 16 for Predict2.
         condition_frames: the number of a clip's first latent frames that are given (Image2World 1, Video2World 2)
             instead of generated; 0 is Text2World.
         prompt_embeddings: a safetensors file with an embedding `[L, D]` under each prompt's text, read instead of
@@ -115,7 +115,7 @@ class CosmosModel(ModelBase):
     @classmethod
     def check_network(cls, network_config: Any, directory: Path) -> None:
         """See `ModelBase.check_network`."""
-        name = pipeline_name(directory)
+        name = read_pipeline_class(directory)
         if name not in PIPELINES:
             raise ValueError(
                 f"{directory} is a {name}; of Cosmos, Predict2.5 and Predict2 Video2World are handled "
@@ -123,8 +123,8 @@ class CosmosModel(ModelBase):
             )
         if network_config.concat_padding_mask and not hasattr(transformer_cosmos, "transforms"):
             raise ValueError(
-                f"{directory}: diffusers' CosmosTransformer3DModel needs torchvision; install fv_distill[cosmos], in the "
-                "build that fits torch"
+                f"{directory}: diffusers' CosmosTransformer3DModel needs torchvision; install fv_distill[cosmos], in "
+                "the build that fits torch"
             )
         if network_config.in_channels != network_config.out_channels + 1:
             raise ValueError(
@@ -219,7 +219,8 @@ class CosmosModel(ModelBase):
         )
         if shape[1] <= self.condition_frames:
             raise ValueError(
-                f"models.<role>.condition_frames={self.condition_frames} leaves nothing to generate of {shape[1]} frames"
+                f"models.<role>.condition_frames={self.condition_frames} leaves nothing to generate of {shape[1]} "
+                "latent frames"
             )
 
     def check_text(self, shape: Sequence[int]) -> None:
@@ -227,14 +228,14 @@ class CosmosModel(ModelBase):
         width = self.text_width(0)
         if shape[-1] != width:
             raise ValueError(
-                f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, whose text is {width} wide; encode "
-                "the captions with this model's own text encoder"
+                f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, whose text is {width} wide; "
+                "encode the captions with this model's own text encoder"
             )
         if self.pads_before_encoding and shape[0] != self.text_length:
             raise ValueError(
                 f"text embeddings of shape {tuple(shape)} don't have the {self.text_length} tokens of "
-                "training.data.text_length: Predict2.5 pads prompts before it encodes them, and attends to the padding; "
-                "set text_length to what the captions were padded to (512 in the pipeline)"
+                "training.data.text_length: Predict2.5 pads prompts before it encodes them, and attends to the "
+                "padding; set text_length to what the captions were padded to (512 in the pipeline)"
             )
 
     def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:

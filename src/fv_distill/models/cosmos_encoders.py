@@ -1,9 +1,7 @@
 """Cosmos' text encoder and VAE, called as diffusers' pipelines of Predict2.5 and Predict2 call them."""
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +10,11 @@ from torch import Tensor, nn
 
 from .conditioning import Conditioning
 from .encoders import Encoders, vae_without_weights
+from .pretrained import read_pipeline_class
 
-PIPELINES: dict[str, Any] = {kind.__name__: kind for kind in (Cosmos2_5_PredictBasePipeline, Cosmos2VideoToWorldPipeline)}
-
-
-def pipeline_name(directory: Path) -> str:
-    """The class that a pipeline directory says it is of."""
-    return json.loads((directory / "model_index.json").read_text())["_class_name"]
+PIPELINES: dict[str, Any] = {
+    kind.__name__: kind for kind in (Cosmos2_5_PredictBasePipeline, Cosmos2VideoToWorldPipeline)
+}
 
 
 class CosmosEncoders(Encoders):
@@ -27,7 +23,7 @@ class CosmosEncoders(Encoders):
     @cached_property
     def text_pipeline(self) -> Any:
         """A pipeline of nothing but the text encoder and its tokenizer."""
-        kind = PIPELINES[pipeline_name(self.directory)]
+        kind = PIPELINES[read_pipeline_class(self.directory)]
         pipeline = kind.from_pretrained(
             self.directory,
             transformer=None,

@@ -12,7 +12,7 @@ from .base import ModelBase
 from .conditioning import Conditioning
 from .hunyuan15_encoders import HunyuanVideo15Encoders
 from .latent_checks import check_clip_shape
-from .pretrained import load_component_config, read_vae_factors
+from .pretrained import load_component_config, read_pipeline_class, read_vae_factors
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -21,7 +21,7 @@ _GLYPH_TOKENS = 256
 
 
 class HunyuanVideo15Model(ModelBase):
-    """The network's output is the velocity, its timestep 1000 sigma; it reads noise beside an image's place, here empty.
+    """The network's output is the velocity, its timestep 1000 sigma; it has a place for an image, which stays empty.
 
     The arguments are those of `ModelBase`; use `HunyuanVideo15Model.from_pretrained` for a diffusers directory.
     """
@@ -52,10 +52,11 @@ class HunyuanVideo15Model(ModelBase):
     @classmethod
     def check_network(cls, network_config: Any, directory: Path) -> None:
         """See `ModelBase.check_network`."""
-        if network_config.task_type != "t2v":
+        # Not the network's `task_type`, which is "i2v" in the published 480p text-to-video checkpoint too.
+        name = read_pipeline_class(directory)
+        if name != "HunyuanVideo15Pipeline":
             raise ValueError(
-                f"{directory} is a HunyuanVideo 1.5 for the task {network_config.task_type!r}; only text-to-video "
-                "networks (task_type: t2v) are handled"
+                f"{directory} is a {name}; of HunyuanVideo 1.5 only text-to-video (HunyuanVideo15Pipeline) is handled"
             )
         if network_config.use_meanflow:
             raise ValueError(

@@ -13,7 +13,7 @@ from .encoders import Encoders, vae_without_weights
 
 
 class HunyuanVideo15Encoders(Encoders):
-    """See `Encoders`; Qwen2.5-VL's tokens are the text, ByT5's of what a prompt has in quotes are `text_embedding_2`."""
+    """See `Encoders`; Qwen2.5-VL's tokens are the text, ByT5's of what stands in quotes are `text_embedding_2`."""
 
     @cached_property
     def text_pipeline(self) -> Any:

@@ -67,6 +67,11 @@ def load_component_config(directory: Path, component: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def read_pipeline_class(directory: Path) -> str:
+    """The name of the class that a pipeline directory says it is of."""
+    return json.loads((directory / "model_index.json").read_text())["_class_name"]
+
+
 def read_vae_factors(directory: Path) -> tuple[int, int]:
     """Frames per latent frame, and pixels per latent along height and width, as the directory's VAE config tells them.
 

@@ -103,8 +103,8 @@ def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:
         for role, model in models.items():
             if not model.runs_on_meta:
                 raise ValueError(
-                    f"models.{role}: no estimate for a {type(model).__name__}, whose network looks at the values of its "
-                    "inputs and can't be called with shapes alone"
+                    f"models.{role}: no estimate for a {type(model).__name__}, whose network looks at the values of "
+                    "its inputs and can't be called with shapes alone"
                 )
         encoder = measure_text_encoder(student.directory)
         text = (config.training.data.text_length, student.text_width(encoder.width))
@@ -215,9 +215,7 @@ def _read_no_prompts(model: ModelBase, text: tuple[int, int], latents: Sequence[
     def encode(prompts: Sequence[str]) -> Conditioning:
         size = len(prompts)
         embeddings = torch.empty(size, *text, device="meta")
-        extras = {
-            name: value for name, value in meta_extras(model, size, latents).items() if name in TEXT_COLUMNS
-        }
+        extras = {name: value for name, value in meta_extras(model, size, latents).items() if name in TEXT_COLUMNS}
         return Conditioning(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device="meta"), extras)
 
     vars(model)["encode_prompts"] = encode
