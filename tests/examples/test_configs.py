@@ -9,6 +9,7 @@ import yaml
 from diffusers import WanTransformer3DModel
 
 from fv_distill.config import load_run_config
+from fv_distill.estimate.published import published_models
 from fv_distill.export import few_step_scheduler
 from fv_distill.methods import OPTIONS_BY_TARGET, DMD2Options, TrajectoryOptions
 from fv_distill.models import WanModel
@@ -63,7 +64,7 @@ def test_config_is_valid(path):
     options = OPTIONS_BY_TARGET[config.method.target].model_validate(config.method.options)
     for role, model in config.models.items():
         local = model.init_from.startswith("examples/")
-        assert (ROOT / model.init_from / "model_index.json").is_file() if local else model.init_from in PUBLISHED, role
+        assert (ROOT / model.init_from / "model_index.json").is_file() if local else _is_known(model.init_from), role
     data_path = config.training.data.data_path
     assert isinstance(data_path, str)
     assert data_path.startswith("data/") or list((ROOT / data_path).glob("*.parquet"))
@@ -77,6 +78,12 @@ def test_config_is_valid(path):
         scheduler = few_step_scheduler(sigmas, sample_type=options.student_sample_type)
         scheduler.set_timesteps(len(sigmas))
         assert scheduler.sigmas.tolist() == pytest.approx([*sigmas, 0.0], abs=1e-5)
+
+
+def _is_known(init_from: str) -> bool:
+    """On the Hub, or what a file's head says is to be downloaded from there."""
+    names = published_models()
+    return init_from in names or init_from in {f"models/{name.split('/')[1]}" for name in names}
 
 
 def test_every_kind_of_config_is_there():

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import torch
 import tiny_runs
+import torch
 from tiny_hunyuan import (
     FLOW_SHIFT,
     LATENT_CHANNELS,
