@@ -188,5 +188,7 @@ def make_tiny_chat_tokenizer(*, num_system_tokens: int) -> PreTrainedTokenizerFa
     tokenizer.chat_template = (
         "{{ '" + f"{_SYSTEM} " * num_system_tokens + "' }}{% for message in messages %}{% if message.role == 'user' %}"
         "{{ message.content if message.content is string else message.content[0].text }}{% endif %}{% endfor %}"
+        # As templates end each turn: no text is empty.
+        "{{ ' " + _SYSTEM + "' }}"
     )
     return tokenizer

@@ -44,6 +44,10 @@ class ModelBase(RoleNetwork, ABC):
     required_columns: ClassVar[tuple[str, ...]] = ()
     # Whether `predict_velocity` takes sigma `[B, T]`, a noise level per latent frame.
     takes_sigma_per_frame: ClassVar[bool] = True
+    # Whether the network embeds time in its timestep's type, which then has to be that of its weights.
+    embeds_time_in_own_dtype: ClassVar[bool] = False
+    # Whether some of the network's weights have no part in its output, so that no gradient ever reaches them.
+    has_unused_parameters: ClassVar[bool] = False
     # Whether the network can be called with shapes alone, as `fv-distill estimate` does.
     runs_on_meta: ClassVar[bool] = True
 

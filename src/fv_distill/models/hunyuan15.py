@@ -30,6 +30,9 @@ class HunyuanVideo15Model(ModelBase):
     encoders_class = HunyuanVideo15Encoders
     required_columns = ("text_embedding_2", "text_mask_2")
     takes_sigma_per_frame = False
+    embeds_time_in_own_dtype = True
+    # The last block also makes text of its text, which nothing reads.
+    has_unused_parameters = True
     # The network sorts tokens by the values of their masks.
     runs_on_meta = False
     lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {

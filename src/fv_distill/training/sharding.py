@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -97,8 +97,9 @@ def prepare_trainable(accelerator: Accelerator, model: ModelBase, optimizer: Opt
     """
     model.compute_on(accelerator.device)
     _wrap_blocks_by_network(accelerator)
-    model.transformer, optimizer = accelerator.prepare(model.transformer, optimizer)
-    _cast_inputs_where_sharded(accelerator, model.transformer)
+    with _unused_parameters_found(accelerator) if model.has_unused_parameters else nullcontext():
+        model.transformer, optimizer = accelerator.prepare(model.transformer, optimizer)
+    _cast_inputs_where_sharded(accelerator, model)
     return optimizer
 
 
@@ -113,13 +114,13 @@ def prepare_adapted(accelerator: Accelerator, models: Sequence[ModelBase]) -> No
     _wrap_blocks_by_network(accelerator)
     if accelerator.is_fsdp2:
         network = fsdp2_prepare_model(accelerator, network)
-        _cast_inputs_where_sharded(accelerator, network)
     else:
         # "Evaluation": on its device and under autocast, without DDP.
         network = accelerator.prepare_model(network, evaluation_mode=True)
     for model in models:
         model.compute_on(accelerator.device)
         model.transformer = network
+    _cast_inputs_where_sharded(accelerator, models[0])
 
 
 def prepare_frozen(accelerator: Accelerator, model: ModelBase, placement: Placement = "auto") -> None:
@@ -134,7 +135,7 @@ def prepare_frozen(accelerator: Accelerator, model: ModelBase, placement: Placem
     _wrap_blocks_by_network(accelerator)
     with _kept_in_host_memory(accelerator) if placement == "offloaded" else nullcontext():
         model.transformer = fsdp2_prepare_model(accelerator, model.transformer)
-    _cast_inputs_where_sharded(accelerator, model.transformer)
+    _cast_inputs_where_sharded(accelerator, model)
 
 
 def prepare_alone(accelerator: Accelerator, model: ModelBase, placement: Placement = "auto") -> None:
@@ -153,6 +154,17 @@ def prepare_alone(accelerator: Accelerator, model: ModelBase, placement: Placeme
         num_blocks_per_group=1,
         use_stream=device.type == "cuda",
     )
+
+
+@contextmanager
+def _unused_parameters_found(accelerator: Accelerator) -> Iterator[None]:
+    """DDP doesn't wait for gradients that will never come, at the price of a walk through each graph."""
+    handler = accelerator.ddp_handler
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    try:
+        yield
+    finally:
+        accelerator.ddp_handler = handler
 
 
 @contextmanager
@@ -182,19 +194,21 @@ def _wrap_blocks_by_network(accelerator: Accelerator) -> None:
         plugin.transformer_cls_names_to_wrap = None
 
 
-def _cast_inputs_where_sharded(accelerator: Accelerator, network: nn.Module) -> None:
-    """Give an FSDP2 network its tensors in the type of its gathered weights, all but the timestep."""
+def _cast_inputs_where_sharded(accelerator: Accelerator, model: ModelBase) -> None:
+    """Give an FSDP2 network its tensors in the type of its gathered weights, all but the timestep if it may differ."""
     policy = accelerator.state.fsdp_plugin.mixed_precision_policy if accelerator.is_fsdp2 else None
     if policy is None or policy.param_dtype is None:
         return
 
+    kept = () if model.embeds_time_in_own_dtype else ("timestep",)
+
     def cast(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         for name, value in kwargs.items():
-            if name != "timestep" and isinstance(value, torch.Tensor) and value.is_floating_point():
+            if name not in kept and isinstance(value, torch.Tensor) and value.is_floating_point():
                 kwargs[name] = value.to(policy.param_dtype)
         return args, kwargs
 
-    network.register_forward_pre_hook(cast, with_kwargs=True)
+    model.transformer.register_forward_pre_hook(cast, with_kwargs=True)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
