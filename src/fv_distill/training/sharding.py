@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -96,7 +96,7 @@ def prepare_trainable(accelerator: Accelerator, model: ModelBase, optimizer: Opt
     Called once per role: FSDP2 takes exactly one model with its optimizer.
     """
     model.compute_on(accelerator.device)
-    _wrap_blocks_by_network(accelerator)
+    _wrap_blocks_by_network(accelerator, model.transformer)
     with _unused_parameters_found(accelerator) if model.has_unused_parameters else nullcontext():
         model.transformer, optimizer = accelerator.prepare(model.transformer, optimizer)
     _cast_inputs_where_sharded(accelerator, model)
@@ -111,7 +111,7 @@ def prepare_adapted(accelerator: Accelerator, models: Sequence[ModelBase]) -> No
     """
     network = models[0].transformer
     assert all(model.transformer is network for model in models), "roles of one network"
-    _wrap_blocks_by_network(accelerator)
+    _wrap_blocks_by_network(accelerator, network)
     if accelerator.is_fsdp2:
         network = fsdp2_prepare_model(accelerator, network)
     else:
@@ -132,7 +132,7 @@ def prepare_frozen(accelerator: Accelerator, model: ModelBase, placement: Placem
         prepare_alone(accelerator, model, placement)
         return
     model.compute_on(accelerator.device)
-    _wrap_blocks_by_network(accelerator)
+    _wrap_blocks_by_network(accelerator, model.transformer)
     with _kept_in_host_memory(accelerator) if placement == "offloaded" else nullcontext():
         model.transformer = fsdp2_prepare_model(accelerator, model.transformer)
     _cast_inputs_where_sharded(accelerator, model)
@@ -178,11 +178,11 @@ def _kept_in_host_memory(accelerator: Accelerator) -> Iterator[None]:
         plugin.cpu_offload = policy
 
 
-def _wrap_blocks_by_network(accelerator: Accelerator) -> None:
+def _wrap_blocks_by_network(accelerator: Accelerator, network: nn.Module) -> None:
     """Let FSDP2 look for the blocks of the next network.
 
     The plugin settles on the block class of the first network that it sees: a causal student's would then be missing in
-    the teacher.
+    the teacher. It also refuses names of blocks that a network has in other variants of it only.
     """
     plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
     if plugin is None:
@@ -191,7 +191,10 @@ def _wrap_blocks_by_network(accelerator: Accelerator) -> None:
         plugin.auto_wrap_policy = plugin.auto_wrap_policy.func
     # Names that the launch config gives are the user's own.
     if not os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
-        plugin.transformer_cls_names_to_wrap = None
+        present = {type(module).__name__ for module in network.modules()}
+        # diffusers' networks state them; a network that doesn't is wrapped as a whole.
+        names = cast(Any, network)._no_split_modules or ()
+        plugin.transformer_cls_names_to_wrap = [name for name in names if name in present]
 
 
 def _cast_inputs_where_sharded(accelerator: Accelerator, model: ModelBase) -> None:
