@@ -15,6 +15,7 @@ def write_encoded_rows(directory: Path, model: ModelBase) -> Path:
     encoders = model.encoders()
     video = torch.rand(len(CAPTIONS), 3, 9, 32, 32, generator=torch.Generator().manual_seed(0))
     latents, text = encoders.encode_video(video), encoders.encode_prompts(CAPTIONS)
+    columns = {**text.extras, **encoders.encode_images(video)}
     assert text.text is not None and text.text_mask is not None
     rows = [
         {
@@ -22,7 +23,7 @@ def write_encoded_rows(directory: Path, model: ModelBase) -> Path:
             "num_frames": 9,
             "vae_latent": latents[index],
             "text_embedding": text.text[index][text.text_mask[index]],
-            **{name: value[index] for name, value in text.extras.items()},
+            **{name: value[index] for name, value in columns.items()},
         }
         for index, caption in enumerate(CAPTIONS)
     ]

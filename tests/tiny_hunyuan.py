@@ -7,6 +7,7 @@ from diffusers import (
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
@@ -25,6 +26,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
 )
@@ -151,6 +155,25 @@ def make_tiny_hunyuan15_transformer(seed: int = 0, **config: object) -> HunyuanV
 
 def make_tiny_hunyuan15_directory(path: Path, *, seed: int = 0) -> Path:
     """Save tokenizers, Qwen, T5 over bytes, VAE (temporal 4, spatial 16), transformer and scheduler as one pipeline."""
+    HunyuanVideo15Pipeline(**_components15(seed)).save_pretrained(path)
+    return path
+
+
+def make_tiny_hunyuan15_i2v_directory(path: Path, *, seed: int = 0) -> Path:
+    """The same with SigLIP, as an image-to-video pipeline."""
+    components = _components15(seed)
+    siglip = SiglipVisionConfig(
+        hidden_size=6, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    HunyuanVideo15ImageToVideoPipeline(
+        **components,
+        image_encoder=SiglipVisionModel(siglip).eval(),
+        feature_extractor=SiglipImageProcessorPil(size={"height": 8, "width": 8}),
+    ).save_pretrained(path)
+    return path
+
+
+def _components15(seed: int) -> dict[str, object]:
     torch.manual_seed(seed)
     qwen = Qwen2_5_VLTextModel(
         Qwen2_5_VLTextConfig(
@@ -169,17 +192,16 @@ def make_tiny_hunyuan15_directory(path: Path, *, seed: int = 0) -> Path:
     vae = AutoencoderKLHunyuanVideo15(
         latent_channels=LATENT_CHANNELS, block_out_channels=(4, 4, 4, 8, 8), layers_per_block=1
     )
-    HunyuanVideo15Pipeline(
-        text_encoder=qwen.eval(),
-        tokenizer=make_tiny_chat_tokenizer(num_system_tokens=108),
-        text_encoder_2=byt5.eval(),
-        tokenizer_2=ByT5Tokenizer(),
-        vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
-        transformer=make_tiny_hunyuan15_transformer(seed),
-        guider=ClassifierFreeGuidance(guidance_scale=4.0),
-    ).save_pretrained(path)
-    return path
+    return {
+        "text_encoder": qwen.eval(),
+        "tokenizer": make_tiny_chat_tokenizer(num_system_tokens=108),
+        "text_encoder_2": byt5.eval(),
+        "tokenizer_2": ByT5Tokenizer(),
+        "vae": vae,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
+        "transformer": make_tiny_hunyuan15_transformer(seed),
+        "guider": ClassifierFreeGuidance(guidance_scale=4.0),
+    }
 
 
 def make_tiny_chat_tokenizer(*, num_system_tokens: int) -> PreTrainedTokenizerFast:

@@ -1,14 +1,17 @@
 """HunyuanVideo and HunyuanVideo 1.5: what is refused at the start, embedded guidance, sizes and exports."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_runs
 import torch
+from encoded_rows import write_encoded_rows
 from tiny_hunyuan import (
     FLOW_SHIFT,
     LATENT_CHANNELS,
     make_tiny_hunyuan15_directory,
+    make_tiny_hunyuan15_i2v_directory,
     make_tiny_hunyuan15_transformer,
     make_tiny_hunyuan_directory,
     make_tiny_hunyuan_transformer,
@@ -22,7 +25,7 @@ from fv_distill.estimate.estimate import Device
 from fv_distill.export.call_arguments import training_call_arguments
 from fv_distill.export.guider import set_guider
 from fv_distill.export.scheduler import few_step_scheduler, few_step_scheduler_for
-from fv_distill.models import HunyuanVideo15Model, HunyuanVideoModel
+from fv_distill.models import HunyuanVideo15Model, HunyuanVideoModel, UncondPolicy, unconditional
 from fv_distill.schedules import few_step_sigmas
 from fv_distill.training.estimating import estimate_run
 
@@ -142,6 +145,32 @@ def test_rows_without_the_second_text_are_refused_at_the_start(directory, tmp_pa
     write_rows(tmp_path / "rows/rows.parquet", [row, row])
     with pytest.raises(ValueError, match="the rows lack pooled_text_embedding, which HunyuanVideoModel needs"):
         tiny_runs.train(finetune_config(directory, tmp_path / "rows", tmp_path / "run"))
+
+
+def test_rows_without_an_image_are_refused_at_the_start(directory15, tmp_path):
+    directory = make_tiny_hunyuan15_i2v_directory(tmp_path / "i2v")
+    text_only = HunyuanVideo15Model.from_pretrained(str(directory15), text_length=TEXT_LENGTH)
+    rows = write_encoded_rows(tmp_path / "rows", text_only)
+    with pytest.raises(ValueError, match="the rows lack clip_feature, which HunyuanVideo15Model needs"):
+        tiny_runs.train(finetune_config(directory, rows, tmp_path / "run", "fv_distill.models.HunyuanVideo15Model"))
+    assert "clip_feature" not in text_only.required_columns
+
+
+def test_the_image_goes_where_an_unconditional_pass_wants_it(tmp_path):
+    model = HunyuanVideo15Model.from_pretrained(
+        str(make_tiny_hunyuan15_i2v_directory(tmp_path / "i2v")), text_length=TEXT_LENGTH
+    )
+    text = model.encode_prompts(["a digit"])
+    frame, feature = torch.ones(1, LATENT_CHANNELS, 1, 2, 2), torch.ones(1, 4, 6)
+    own = replace(text, extras={**text.extras, "first_frame_latent": frame, "clip_feature": feature})
+    x_t, sigma = torch.randn(1, LATENT_CHANNELS, 3, 2, 2), torch.tensor([0.5])
+    policies = {name: unconditional(own, UncondPolicy("keep", image=name), None) for name in ("keep", "zero", "drop")}
+    with torch.no_grad():
+        found = {name: model.predict_velocity(x_t, sigma, value) for name, value in policies.items()}
+        assert torch.equal(found["drop"], model.predict_velocity(x_t, sigma, text))
+    assert (found["keep"] - found["drop"]).abs().max() > 1e-4
+    # The mask still says that there is a frame.
+    assert (found["zero"] - found["drop"]).abs().max() > 1e-4
 
 
 def test_a_noise_level_per_chunk_is_refused_at_the_start(directory, tiny_rows, tmp_path):

@@ -1,9 +1,17 @@
 """One denoising step of diffusers' HunyuanVideo15Pipeline against the adapter's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from diffusers import HunyuanVideo15Pipeline
-from tiny_hunyuan import FLOW_SHIFT, LATENT_CHANNELS, make_tiny_hunyuan15_directory
+from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
+from diffusers.image_processor import VaeImageProcessor
+from tiny_hunyuan import (
+    FLOW_SHIFT,
+    LATENT_CHANNELS,
+    make_tiny_hunyuan15_directory,
+    make_tiny_hunyuan15_i2v_directory,
+)
 from tiny_models import TEXT_LENGTH
 
 from fv_distill.models import HunyuanVideo15Model
@@ -52,9 +60,12 @@ def run_pipeline(pipeline, noise, *, prompt=PROMPT, scale=1.0, steps=1, output_t
 
 
 @torch.no_grad()
-def run_adapter(model, pipeline, noise, *, scale, prompt=PROMPT):
+def run_adapter(model, pipeline, noise, *, scale, prompt=PROMPT, extras=None):
     """Euler steps over the pipeline's own sigmas."""
-    positive, negative = model.prompt_conditioning(prompt), model.negative_conditioning()
+    positive, negative = (
+        replace(text, extras={**text.extras, **(extras or {})})
+        for text in (model.prompt_conditioning(prompt), model.negative_conditioning())
+    )
     x_t = noise
     for sigma, following in zip(pipeline.scheduler.sigmas, pipeline.scheduler.sigmas[1:], strict=False):
         velocity = model.predict_velocity(x_t, sigma[None], positive)
@@ -100,3 +111,37 @@ def test_rows_of_a_batch_do_not_see_each_other(model, noise):
 
 def test_flow_shift_is_read_from_the_directory(model):
     assert model.flow_shift == FLOW_SHIFT
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_image_to_video_equals_the_pipelines(tmp_path, noise, scale):
+    directory = make_tiny_hunyuan15_i2v_directory(tmp_path / "model")
+    pipeline = HunyuanVideo15ImageToVideoPipeline.from_pretrained(directory)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.tokenizer_max_length = TEXT_LENGTH
+    pipeline.guider = pipeline.guider.new(guidance_scale=scale)
+    model = HunyuanVideo15Model.from_pretrained(str(directory), negative_prompt=NEGATIVE, text_length=TEXT_LENGTH)
+    # Whole steps of a picture file's 255, so that both see the same pixels.
+    video = torch.randint(0, 256, (1, 3, 9, 32, 32), generator=torch.Generator().manual_seed(1)) / 255
+    (image,) = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(video[:, :, 0]))
+    expected = pipeline(
+        image=image,
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        num_frames=9,
+        latents=noise,
+        num_inference_steps=3,
+        output_type="latent",
+    ).frames
+    encoders = model.encoders()
+    columns = encoders.encode_images(video)
+    text = model.encode_prompts([PROMPT])
+    batch = {"text_embedding": text.text, "text_mask": text.text_mask, **text.extras, **columns}
+    batch["vae_latent"] = encoders.encode_video(video)
+    # The first latent frame of a clip is that of its first frame alone.
+    torch.testing.assert_close(batch["vae_latent"][:, :, :1], columns["first_frame_latent"], atol=1e-5, rtol=0)
+    extras = {name: model.prepare_batch(batch).conditioning.extras[name] for name in columns}
+    actual = run_adapter(model, pipeline, noise, scale=scale, extras=extras)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    without = run_adapter(model, pipeline, noise, scale=scale)
+    assert (without - actual).abs().max() > 1e-3

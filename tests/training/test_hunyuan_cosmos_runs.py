@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 import torch
 from encoded_rows import write_encoded_rows
+from PIL import Image
 from tiny_cosmos import PassingChecker, make_tiny_cosmos2_directory, make_tiny_cosmos_directory
-from tiny_hunyuan import make_tiny_hunyuan15_directory, make_tiny_hunyuan_directory
+from tiny_hunyuan import (
+    make_tiny_hunyuan15_directory,
+    make_tiny_hunyuan15_i2v_directory,
+    make_tiny_hunyuan_directory,
+)
 from tiny_models import TEXT_LENGTH
 from tiny_runs import (
     assert_same_state,
@@ -26,6 +31,7 @@ from fv_distill.export.convert import convert
 FAMILIES = {
     "hunyuan": (make_tiny_hunyuan_directory, "HunyuanVideoModel", {}),
     "hunyuan15": (make_tiny_hunyuan15_directory, "HunyuanVideo15Model", {}),
+    "hunyuan15_i2v": (make_tiny_hunyuan15_i2v_directory, "HunyuanVideo15Model", {}),
     "cosmos": (make_tiny_cosmos_directory, "CosmosModel", {}),
     "cosmos_video2world": (make_tiny_cosmos_directory, "CosmosModel", {"condition_frames": 1}),
     "cosmos2": (make_tiny_cosmos2_directory, "CosmosModel", {"condition_frames": 1}),
@@ -70,7 +76,8 @@ def load_pipeline(directory, name):
 
 
 def generate(pipeline, call, name):
-    image = {"image": torch.zeros(1, 3, 32, 32)} if name == "cosmos2" else {}
+    images = {"cosmos2": torch.zeros(1, 3, 32, 32), "hunyuan15_i2v": Image.new("RGB", (32, 32), "red")}
+    image = {"image": images[name]} if name in images else {}
     torch.manual_seed(0)
     frames = pipeline(
         prompt="a digit", generator=torch.Generator().manual_seed(0), output_type="np", **call, **image
@@ -111,7 +118,7 @@ def test_dmd2_trains_and_its_export_visits_the_trained_levels(name, families, tm
     pipeline = load_pipeline(export, name)
     generate(pipeline, info["call"], name)
     assert pipeline.scheduler.sigmas.tolist() == pytest.approx([*info["sigmas"], 0], abs=1e-5)
-    if name == "hunyuan15":
+    if name.startswith("hunyuan15"):
         assert pipeline.guider.guidance_scale == 1.0
 
 

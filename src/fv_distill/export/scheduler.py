@@ -23,7 +23,7 @@ from fv_distill.schedules.shift import shift_sigma
 
 _TRAIN_TIMESTEPS = 1000
 # Those that pass `sigmas`, evenly spaced, to `set_timesteps`, instead of a number of steps.
-_EVEN_PIPELINES = ("HunyuanVideoPipeline", "HunyuanVideo15Pipeline")
+_EVEN_PIPELINES = ("HunyuanVideoPipeline", "HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")
 _EDM_PIPELINES = ("Cosmos2VideoToWorldPipeline", "Cosmos2TextToImagePipeline")
 _TOLERANCE = 1e-5
 # Beyond it the smallest training sigma is no longer near 0 and the map from shift to sigmas turns back.

@@ -41,7 +41,7 @@ class ModelBase(RoleNetwork, ABC):
     encoders_class: ClassVar[type[Encoders]]
     required_channels: ClassVar[tuple[str, ...]] = ("text",)
     # Data columns beside `text_embedding` that the network can't do without.
-    required_columns: ClassVar[tuple[str, ...]] = ()
+    required_columns: tuple[str, ...] = ()
     # Whether `predict_velocity` takes sigma `[B, T]`, a noise level per latent frame.
     takes_sigma_per_frame: ClassVar[bool] = True
     # Whether the network embeds time in its timestep's type, which then has to be that of its weights.

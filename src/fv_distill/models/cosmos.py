@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .base import ModelBase
 from .conditioning import Conditioning
 from .cosmos_encoders import PIPELINES, CosmosEncoders
+from .given_frames import COLUMN, read_given_frames
 from .latent_checks import check_clip_shape
 from .pretrained import load_component_config, read_pipeline_class, read_vae_factors
 from .prompt_file import read_prompt_file
@@ -21,7 +22,6 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 # The noise level that the pipelines tell the network of given frames (`conditional_frame_timestep`).
 _CONDITION_SIGMA = 1e-4
-_FRAMES = "first_frame_latent"
 
 
 class CosmosModel(ModelBase):
@@ -139,9 +139,9 @@ class CosmosModel(ModelBase):
         levels = sigma.float().view(batch, 1, -1, 1, 1).expand(batch, 1, frames, 1, 1)
         given, clean = torch.zeros_like(levels, dtype=torch.bool), torch.zeros_like(x_t, dtype=torch.float32)
         # Without them (`cfg_uncond.image: drop`) the network generates all frames.
-        if _FRAMES in conditioning.extras and self.condition_frames:
+        if COLUMN in conditioning.extras and self.condition_frames:
             given[:, :, : self.condition_frames] = True
-            clean[:, :, : self.condition_frames] = conditioning.extras[_FRAMES]
+            clean[:, :, : self.condition_frames] = conditioning.extras[COLUMN]
         (velocity,) = self.call_network(
             hidden_states=torch.where(given, clean, x_t).to(self.dtype),
             timestep=torch.where(given, _CONDITION_SIGMA, levels),
@@ -243,13 +243,5 @@ class CosmosModel(ModelBase):
         count = self.condition_frames
         if not count:
             return conditioning
-        if "vae_latent" in batch:
-            frames = self.normalize_latents(batch["vae_latent"][:, :, :count])
-        elif _FRAMES in batch and batch[_FRAMES].shape[2] == count:
-            frames = self.normalize_latents(batch[_FRAMES])
-        else:
-            raise ValueError(
-                f"models.<role>.condition_frames={count}, but the rows hold neither clips nor a {_FRAMES} of {count} "
-                "latent frames"
-            )
-        return replace(conditioning, extras={**conditioning.extras, _FRAMES: frames})
+        frames = self.normalize_latents(read_given_frames(batch, count, key=f"models.<role>.condition_frames={count}"))
+        return replace(conditioning, extras={**conditioning.extras, COLUMN: frames})

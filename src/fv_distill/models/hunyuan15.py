@@ -1,6 +1,7 @@
-"""HunyuanVideo 1.5 text-to-video over diffusers' `HunyuanVideo15Transformer3DModel`."""
+"""HunyuanVideo 1.5, text-to-video and image-to-video, over diffusers' `HunyuanVideo15Transformer3DModel`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from .base import ModelBase
 from .conditioning import Conditioning
-from .hunyuan15_encoders import HunyuanVideo15Encoders
+from .given_frames import COLUMN, read_given_frames
+from .hunyuan15_encoders import IMAGE_PIPELINE, PIPELINES, HunyuanVideo15Encoders
 from .latent_checks import check_clip_shape
 from .pretrained import load_component_config, read_pipeline_class, read_vae_factors
 
@@ -21,14 +23,14 @@ _GLYPH_TOKENS = 256
 
 
 class HunyuanVideo15Model(ModelBase):
-    """The network's output is the velocity, its timestep 1000 sigma; it has a place for an image, which stays empty.
+    """The network's output is the velocity, its timestep 1000 sigma; text-to-video leaves its place for an image empty.
 
     The arguments are those of `ModelBase`; use `HunyuanVideo15Model.from_pretrained` for a diffusers directory.
     """
 
     network_class = HunyuanVideo15Transformer3DModel
     encoders_class = HunyuanVideo15Encoders
-    required_columns = ("text_embedding_2", "text_mask_2")
+    required_columns: tuple[str, ...] = ("text_embedding_2", "text_mask_2")
     takes_sigma_per_frame = False
     embeds_time_in_own_dtype = True
     # The last block also makes text of its text, which nothing reads.
@@ -49,6 +51,9 @@ class HunyuanVideo15Model(ModelBase):
     def __init__(self, transformer: nn.Module, *, directory: str | Path, **kwargs: Any) -> None:
         super().__init__(transformer, directory=directory, **kwargs)
         self.network_config = cast(Any, transformer).config
+        self.sees_an_image = read_pipeline_class(self.directory) == IMAGE_PIPELINE
+        if self.sees_an_image:
+            self.required_columns = (*self.required_columns, "clip_feature")
         self.temporal_factor, _ = read_vae_factors(self.directory)
         self.scaling_factor = float(load_component_config(self.directory, "vae")["scaling_factor"])
 
@@ -57,10 +62,8 @@ class HunyuanVideo15Model(ModelBase):
         """See `ModelBase.check_network`."""
         # Not the network's `task_type`, which is "i2v" in the published 480p text-to-video checkpoint too.
         name = read_pipeline_class(directory)
-        if name != "HunyuanVideo15Pipeline":
-            raise ValueError(
-                f"{directory} is a {name}; of HunyuanVideo 1.5 only text-to-video (HunyuanVideo15Pipeline) is handled"
-            )
+        if name not in PIPELINES:
+            raise ValueError(f"{directory} is a {name}, which is none of HunyuanVideo 1.5's ({', '.join(PIPELINES)})")
         if network_config.use_meanflow:
             raise ValueError(
                 f"{directory} has use_meanflow: true, a network of two timesteps (super-resolution or distilled "
@@ -78,19 +81,24 @@ class HunyuanVideo15Model(ModelBase):
         assert conditioning.text_mask is not None, "HunyuanVideo's attention needs to know which tokens are real"
         assert sigma.ndim == 1, "one noise level per clip; see takes_sigma_per_frame"
         batch, channels, *size = x_t.shape
-        # An empty place for an image's latents and its mask, as the pipeline leaves it.
-        noisy = torch.cat([x_t, x_t.new_zeros(batch, channels + 1, *size)], dim=1)
+        # Behind the clip its first frame's latents, and a mask that tells where they are; both are empty without image.
+        given = x_t.new_zeros(batch, channels + 1, *size)
         # Zeros tell the network to mask the image's tokens out: one of them does as well as the pipeline's 729.
-        no_image = torch.zeros(batch, 1, self.network_config.image_embed_dim, dtype=self.dtype, device=x_t.device)
+        image = torch.zeros(batch, 1, self.network_config.image_embed_dim, device=x_t.device)
+        # An unconditional pass may drop the image.
+        if self.sees_an_image and COLUMN in conditioning.extras:
+            given[:, :channels, :1] = conditioning.extras[COLUMN].to(given.dtype)
+            given[:, channels, 0] = 1
+            image = conditioning.extras["clip_feature"]
         (velocity,) = self.call_network(
-            hidden_states=noisy.to(self.dtype),
+            hidden_states=torch.cat([x_t, given], dim=1).to(self.dtype),
             # The network makes its time embedding in the type of this.
             timestep=(1000 * sigma.float()).to(self.dtype),
             encoder_hidden_states=conditioning.text.to(self.dtype),
             encoder_attention_mask=conditioning.text_mask,
             encoder_hidden_states_2=conditioning.extras["text_embedding_2"].to(self.dtype),
             encoder_attention_mask_2=conditioning.extras["text_mask_2"],
-            image_embeds=no_image,
+            image_embeds=image.to(self.dtype),
             return_dict=False,
         )
         return velocity.float()
@@ -131,3 +139,10 @@ class HunyuanVideo15Model(ModelBase):
                 f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, whose text_embed_dim is "
                 f"{self.network_config.text_embed_dim}; encode the captions with this model's own text encoders"
             )
+
+    def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
+        conditioning = super()._conditioning(batch)
+        if not self.sees_an_image:
+            return conditioning
+        frame = self.normalize_latents(read_given_frames(batch, 1, key="this network animates an image"))
+        return replace(conditioning, extras={**conditioning.extras, COLUMN: frame})
