@@ -150,7 +150,7 @@ def predict2(tmp_path_factory):
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-@pytest.mark.parametrize("fps", [16.0, 10.0])
+@pytest.mark.parametrize("fps", [None, 10.0])
 def test_predict2_in_edm_terms_is_the_same_network(predict2, noise, video, scale, fps, monkeypatch):
     """A step of the pipeline from a middle EDM noise level s to the next, in our x_t = (x0 + s eps) / (1 + s).
 
@@ -162,8 +162,8 @@ def test_predict2_in_edm_terms_is_the_same_network(predict2, noise, video, scale
     monkeypatch.setattr("diffusers.pipelines.cosmos.pipeline_cosmos2_video2world.retrieve_latents", _mode)
     states = []
     monkeypatch.setattr(type(pipeline.scheduler), "step", _keep_first(states, type(pipeline.scheduler).step))
-    arguments = model.sampling_arguments(scale)
-    run_pipeline(pipeline, noise, steps=3, image=2 * video[:, :, 0] - 1, fps=fps, **arguments)
+    arguments = model.sampling_arguments(scale) | ({} if fps is None else {"fps": fps})
+    run_pipeline(pipeline, noise, steps=3, image=2 * video[:, :, 0] - 1, **arguments)
     (before, after), s = states[1], pipeline.scheduler.sigmas[1:3]
     assert 0.1 < s[0] < 10
     latents = model.encoders().encode_video(video[:, :, :1].repeat(1, 1, 9, 1, 1))
