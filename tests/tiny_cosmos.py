@@ -74,9 +74,8 @@ def make_tiny_cosmos_transformer(seed: int = 0, **config: object) -> CosmosTrans
     return CosmosTransformer3DModel(**{**sizes, **config})
 
 
-def make_tiny_cosmos_directory(path: Path, *, seed: int = 0) -> Path:
-    """Predict2.5: tokenizer, Qwen2.5-VL, Wan's VAE, transformer and the published scheduler as one pipeline."""
-    torch.manual_seed(seed)
+def make_tiny_qwen() -> Qwen2_5_VLForConditionalGeneration:
+    """Two layers of width 16."""
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(WORDS) + 4,
@@ -90,8 +89,14 @@ def make_tiny_cosmos_directory(path: Path, *, seed: int = 0) -> Path:
         },
         vision_config={"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16},
     )
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def make_tiny_cosmos_directory(path: Path, *, seed: int = 0) -> Path:
+    """Predict2.5: tokenizer, Qwen2.5-VL, Wan's VAE, transformer and the published scheduler as one pipeline."""
+    torch.manual_seed(seed)
     Cosmos2_5_PredictBasePipeline(
-        text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+        text_encoder=make_tiny_qwen(),
         tokenizer=make_tiny_chat_tokenizer(num_system_tokens=1),
         vae=_vae(),
         scheduler=UniPCMultistepScheduler(

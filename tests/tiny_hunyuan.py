@@ -80,9 +80,26 @@ def make_tiny_hunyuan_directory(path: Path, *, seed: int = 0) -> Path:
             eos_token_id=1,
         )
     )
+    prefix = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")[0]
+    HunyuanVideoPipeline(
+        text_encoder=llama.eval(),
+        tokenizer=make_tiny_tokenizer(
+            {prefix: f"{_SYSTEM} " * DEFAULT_PROMPT_TEMPLATE["crop_start"], "<|eot_id|>": ""}
+        ),
+        text_encoder_2=make_tiny_clip(),
+        tokenizer_2=make_tiny_tokenizer({}),
+        vae=make_tiny_hunyuan_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
+        transformer=make_tiny_hunyuan_transformer(seed),
+    ).save_pretrained(path)
+    return path
+
+
+def make_tiny_clip() -> CLIPTextModel:
+    """One layer."""
     clip = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=vocabulary_size,
+            vocab_size=len(WORDS) + 4,
             hidden_size=POOLED_DIM,
             intermediate_size=16,
             num_hidden_layers=1,
@@ -93,19 +110,7 @@ def make_tiny_hunyuan_directory(path: Path, *, seed: int = 0) -> Path:
             eos_token_id=1,
         )
     )
-    prefix = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")[0]
-    HunyuanVideoPipeline(
-        text_encoder=llama.eval(),
-        tokenizer=make_tiny_tokenizer(
-            {prefix: f"{_SYSTEM} " * DEFAULT_PROMPT_TEMPLATE["crop_start"], "<|eot_id|>": ""}
-        ),
-        text_encoder_2=clip.eval(),
-        tokenizer_2=make_tiny_tokenizer({}),
-        vae=_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
-        transformer=make_tiny_hunyuan_transformer(seed),
-    ).save_pretrained(path)
-    return path
+    return clip.eval()
 
 
 def make_tiny_tokenizer(replaced: dict[str, str]) -> PreTrainedTokenizerFast:
@@ -121,7 +126,8 @@ def make_tiny_tokenizer(replaced: dict[str, str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _vae() -> AutoencoderKLHunyuanVideo:
+def make_tiny_hunyuan_vae() -> AutoencoderKLHunyuanVideo:
+    """Temporal 4, spatial 8."""
     return AutoencoderKLHunyuanVideo(
         latent_channels=LATENT_CHANNELS,
         block_out_channels=(4, 4, 4, 4),

@@ -1,4 +1,4 @@
-"""HunyuanVideo, HunyuanVideo 1.5 and Cosmos on two processes: the losses of one at the full batch.
+"""HunyuanVideo, HunyuanVideo 1.5, Kandinsky 5 and Cosmos on two processes: the losses of one at the full batch.
 
 Their networks have what Wan's hasn't: blocks of several kinds, some of which a variant lacks; weights that no gradient
 reaches; time that is embedded in the type of the weights.
@@ -11,6 +11,7 @@ from encoded_rows import write_encoded_rows
 from parallel_launch import CHECKPOINTING, DDP, FSDP2, GLOBAL_BATCH, SGD, Run, launch
 from tiny_cosmos import make_tiny_cosmos_directory
 from tiny_hunyuan import make_tiny_hunyuan15_directory, make_tiny_hunyuan_directory
+from tiny_kandinsky import make_tiny_kandinsky_directory
 from tiny_models import TEXT_LENGTH
 from tiny_runs import dmd2_config, metrics, train
 
@@ -21,13 +22,14 @@ FAMILIES = {
     "hunyuan": (make_tiny_hunyuan_directory, "HunyuanVideoModel"),
     "hunyuan15": (make_tiny_hunyuan15_directory, "HunyuanVideo15Model"),
     "cosmos": (make_tiny_cosmos_directory, "CosmosModel"),
+    "kandinsky5": (make_tiny_kandinsky_directory, "Kandinsky5Model"),
 }
 EQUAL = {
     "hunyuan-fsdp2": Run("hunyuan", FSDP2, CHECKPOINTING),
     "hunyuan15-ddp": Run("hunyuan15", DDP),
     "cosmos-fsdp2": Run("cosmos", FSDP2, CHECKPOINTING),
 }
-CLOSE = {"hunyuan15-bf16": Run("hunyuan15", "fsdp2_8gpu")}
+CLOSE = {name: Run(name.split("-")[0], "fsdp2_8gpu") for name in ("hunyuan15-bf16", "kandinsky5-bf16")}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""HunyuanVideo, HunyuanVideo 1.5 and Cosmos from rows of their own encoders to clips of stock diffusers pipelines."""
+"""HunyuanVideo, Kandinsky 5 and Cosmos from rows of their own encoders to clips of stock diffusers pipelines."""
 
 import json
 
@@ -14,6 +14,7 @@ from tiny_hunyuan import (
     make_tiny_hunyuan15_i2v_directory,
     make_tiny_hunyuan_directory,
 )
+from tiny_kandinsky import make_tiny_kandinsky_directory
 from tiny_models import TEXT_LENGTH
 from tiny_runs import (
     assert_same_state,
@@ -32,11 +33,12 @@ FAMILIES = {
     "hunyuan": (make_tiny_hunyuan_directory, "HunyuanVideoModel", {}),
     "hunyuan15": (make_tiny_hunyuan15_directory, "HunyuanVideo15Model", {}),
     "hunyuan15_i2v": (make_tiny_hunyuan15_i2v_directory, "HunyuanVideo15Model", {}),
+    "kandinsky5": (make_tiny_kandinsky_directory, "Kandinsky5Model", {}),
     "cosmos": (make_tiny_cosmos_directory, "CosmosModel", {}),
     "cosmos_video2world": (make_tiny_cosmos_directory, "CosmosModel", {"condition_frames": 1}),
     "cosmos2": (make_tiny_cosmos2_directory, "CosmosModel", {"condition_frames": 1}),
 }
-LORA_IN_PIPELINE = {"hunyuan": True, "hunyuan15": False, "cosmos": True}
+LORA_IN_PIPELINE = {"hunyuan": True, "hunyuan15": False, "kandinsky5": True, "cosmos": True}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = attach(
         "cosmos": ["CosmosModel"],
         "hunyuan": ["HunyuanVideoModel"],
         "hunyuan15": ["HunyuanVideo15Model"],
+        "kandinsky5": ["Kandinsky5Model"],
         "kv_cache": ["KVCache"],
         "wan": ["WanModel"],
         "wan_causal": ["CausalWanModel"],
