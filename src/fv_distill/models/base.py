@@ -46,6 +46,8 @@ class ModelBase(RoleNetwork, ABC):
     takes_sigma_per_frame: ClassVar[bool] = True
     # Whether the network embeds time in its timestep's type, which then has to be that of its weights.
     embeds_time_in_own_dtype: ClassVar[bool] = False
+    # Whether parts of the network hand float32 to layers of its own type, which FSDP2's cast weights don't take.
+    mixes_types: ClassVar[bool] = False
     # Whether some of the network's weights have no part in its output, so that no gradient ever reaches them.
     has_unused_parameters: ClassVar[bool] = False
     # Whether the network can be called with shapes alone, as `fv-distill estimate` does.

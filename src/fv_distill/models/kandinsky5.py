@@ -30,6 +30,7 @@ class Kandinsky5Model(ModelBase):
     encoders_class = Kandinsky5Encoders
     required_columns = ("pooled_text_embedding",)
     takes_sigma_per_frame = False
+    mixes_types = True
     # The number of a text's tokens is a value of its mask.
     runs_on_meta = False
     lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {

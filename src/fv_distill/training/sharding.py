@@ -204,6 +204,9 @@ def _cast_inputs_where_sharded(accelerator: Accelerator, model: ModelBase) -> No
         return
 
     kept = () if model.embeds_time_in_own_dtype else ("timestep",)
+    if model.mixes_types:
+        network: Any = model.transformer
+        network.forward = torch.autocast(accelerator.device.type, policy.param_dtype)(network.forward)
 
     def cast(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         for name, value in kwargs.items():
