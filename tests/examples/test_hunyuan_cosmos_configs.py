@@ -1,4 +1,4 @@
-"""The configs of HunyuanVideo and Cosmos fit the networks as they were published, without weights."""
+"""The configs of HunyuanVideo, Kandinsky 5 and Cosmos fit the networks as they were published, without weights."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from fv_distill.estimate.estimate import Device
 from fv_distill.estimate.published import config_directory
 from fv_distill.export.call_arguments import training_call_arguments
 from fv_distill.export.scheduler import few_step_scheduler_for
-from fv_distill.models import CosmosModel, HunyuanVideo15Model, HunyuanVideoModel
+from fv_distill.models import CosmosModel, HunyuanVideo15Model, HunyuanVideoModel, Kandinsky5Model
 from fv_distill.schedules import few_step_sigmas
 from fv_distill.training.estimating import estimate_run
 
@@ -25,6 +25,12 @@ FAMILIES = {
         "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v",
         8.3e9,
         (480, 832, 121),
+    ),
+    "kandinsky5_lite": (
+        Kandinsky5Model,
+        "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
+        2.008e9,
+        (512, 768, 121),
     ),
     "cosmos2.5_2b": (CosmosModel, "nvidia/Cosmos-Predict2.5-2B", 2.06e9, (704, 1280, 93)),
 }
@@ -65,7 +71,7 @@ def test_the_students_levels_are_visited_by_the_familys_pipeline(family):
     options = load_run_config(CONFIGS / f"dmd2/{name}.yaml").method.options
     sigmas = few_step_sigmas(options["dmd_denoising_steps"], flow_shift=model.flow_shift, warp=True)
     scheduler = few_step_scheduler_for(model.directory, sigmas)
-    if isinstance(model, CosmosModel):
+    if isinstance(model, CosmosModel | Kandinsky5Model):
         scheduler.set_timesteps(4)
     else:
         scheduler.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25])

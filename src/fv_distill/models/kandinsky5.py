@@ -62,10 +62,10 @@ class Kandinsky5Model(ModelBase):
             raise ValueError(
                 f"{directory} is a {name}; of Kandinsky 5 only text-to-video (Kandinsky5T2VPipeline) is handled"
             )
-        if network_config.attention_type != "regular":
+        if network_config.attention_type == "nabla":
             raise ValueError(
-                f"{directory} has attention_type: {network_config.attention_type}, sparse attention for long clips, "
-                "which is not handled; use a checkpoint for 5 seconds"
+                f"{directory} has attention_type: nabla, sparse attention for long clips, which is not handled; use a "
+                "checkpoint for 5 seconds"
             )
 
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
