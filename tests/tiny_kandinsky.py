@@ -30,7 +30,7 @@ def make_tiny_kandinsky_transformer(seed: int = 0, **config: object) -> Kandinsk
     transformer = Kandinsky5Transformer3DModel(**{**sizes, **config})
     for parameter in transformer.parameters():
         if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=0.02)
     return transformer
 
 

@@ -175,6 +175,7 @@ def generate(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="fv-distill generate", description=generate.__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, metavar="DIR", help="an export, a diffusers directory or a Hub id")
     parser.add_argument("--prompt", required=True, help="what to show")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for image-to-video models")
     parser.add_argument("--output", type=Path, default=Path("out.mp4"), metavar="FILE", help=".mp4 (default) or .gif")
     parser.add_argument("--stream", action="store_true", help="print each chunk's latency; causal students only")
     parser.add_argument("--num-frames", type=int, metavar="N", help="default: as long as the training clips")

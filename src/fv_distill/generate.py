@@ -1,6 +1,7 @@
 """What `fv-distill generate` does once its words are read."""
 
 import argparse
+import inspect
 import json
 import time
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from .callbacks.video_files import check_video_path, write_video, write_video_stream
+from .callbacks.video_files import check_video_path, load_first_frame, write_video, write_video_stream
 from .console import console
+from .export.call_arguments import needs_image, takes_image
 from .generation import VideoStreamer
 from .models.pretrained import resolve_directory
 
@@ -32,6 +34,8 @@ def generate_video(args: argparse.Namespace) -> None:
     info = json.loads(info_file.read_text()) if info_file.is_file() else {}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if info.get("causal"):
+        if args.image is not None:
+            raise ValueError(f"--image, but {directory} is a causal student, which makes videos of text alone")
         _stream(directory, args)
     elif args.stream:
         raise ValueError(f"--stream, but {directory} is no causal student's export: it makes all frames at once")
@@ -79,13 +83,29 @@ def _sample(directory: Path, call: dict[str, Any], args: argparse.Namespace) -> 
     pipeline: Any = DiffusionPipeline.from_pretrained(directory, dtype=dtype).to(device)
     given = ("num_frames", "num_inference_steps", "height", "width", "guidance_scale")
     call = call | {key: value for key in given if (value := getattr(args, key)) is not None}
+    call |= _image_argument(pipeline, call, args.image)
     torch.manual_seed(args.seed)  # a scheduler that noises afresh draws from the global generator
     if args.negative_prompt:
         call["negative_prompt"] = args.negative_prompt
     start = time.perf_counter()
-    frames = pipeline(args.prompt, generator=torch.Generator().manual_seed(args.seed), output_type="np", **call).frames[
-        0
-    ]
+    generator = torch.Generator().manual_seed(args.seed)
+    frames = pipeline(prompt=args.prompt, generator=generator, output_type="np", **call).frames[0]
     seconds = time.perf_counter() - start
     write_video(args.output, (frames.clip(0, 1) * 255).round().astype(np.uint8), fps=args.fps)
     console.print(f"{len(frames)} frames, {len(frames) / seconds:.1f} frames/s, all at once", highlight=False)
+
+
+def _image_argument(pipeline: Any, call: dict[str, Any], image: Path | None) -> dict[str, Any]:
+    """The first frame, in the size of the video, where the pipeline takes one."""
+    name = type(pipeline).__name__
+    if image is None:
+        if needs_image(type(pipeline)):
+            raise ValueError(f"the model's {name} makes videos of a first frame; give --image FILE")
+        return {}
+    if not takes_image(type(pipeline)):
+        raise ValueError(f"--image {image}, but the model's {name} makes videos of text alone")
+    if not image.is_file():
+        raise FileNotFoundError(f"--image {image}: no such file")
+    defaults = inspect.signature(type(pipeline).__call__).parameters
+    width, height = (call.get(key, defaults[key].default) for key in ("width", "height"))
+    return {"image": load_first_frame(image, width, height)}

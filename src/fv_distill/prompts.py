@@ -1,17 +1,32 @@
 """Files of prompts."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 PROMPT_SUFFIXES = (".txt", ".json", ".jsonl")
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a file: a text, and the first frame of what it tells, if the row names one."""
+
+    text: str
+    image: Path | None = None
+
+
 def read_prompts(path: Path, *, name: str = "prompts") -> list[str]:
+    """The texts of a file of prompts; see `read_prompt_rows`."""
+    return [row.text for row in read_prompt_rows(path, name=name)]
+
+
+def read_prompt_rows(path: Path, *, name: str = "prompts") -> list[Prompt]:
     """The prompts of a .txt, .json or .jsonl file.
 
     Args:
-        path: one prompt a line (.txt), or strings or rows with `caption` or `prompt` (.json, .jsonl).
+        path: one prompt a line (.txt), or strings or rows with `caption` or `prompt` (.json, .jsonl). Rows may have the
+            first frame's path as `image` (or `image_path`), relative to the file.
         name: what messages call it.
 
     Raises:
@@ -35,11 +50,16 @@ def read_prompts(path: Path, *, name: str = "prompts") -> list[str]:
         raise ValueError(f"{where} is no valid JSON: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{where} holds no prompts; write one a line, or a JSON list")
-    return [_prompt(row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
+    return [_prompt(row, path.parent, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
-def _prompt(row: Any, where: str) -> str:
-    prompt = (row.get("caption") or row.get("prompt")) if isinstance(row, dict) else row
-    if not isinstance(prompt, str) or not prompt.strip():
+def _prompt(row: Any, folder: Path, where: str) -> Prompt:
+    text = (row.get("caption") or row.get("prompt")) if isinstance(row, dict) else row
+    if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: expected a text, or a mapping with a `caption` or a `prompt`, not {row!r:.80}")
-    return prompt
+    given = (row.get("image") or row.get("image_path")) if isinstance(row, dict) else None
+    if given is None:
+        return Prompt(text)
+    if not isinstance(given, str):
+        raise ValueError(f"{where}: image={given!r:.80} must be the path of an image")
+    return Prompt(text, folder / Path(given).expanduser())

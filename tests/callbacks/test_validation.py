@@ -13,9 +13,9 @@ from tiny_models import TEXT_LENGTH, make_tiny_transformer
 
 from fv_distill import training
 from fv_distill.callbacks import Callback, ValidationCallback
-from fv_distill.callbacks.validation import read_prompts
 from fv_distill.config.schema import RunConfig
 from fv_distill.models import WanModel
+from fv_distill.prompts import read_prompts
 from fv_distill.training.context_parallel import ContextGroups
 
 PROMPTS = ["a handwritten one moving left", "a handwritten two moving up", "three down"]

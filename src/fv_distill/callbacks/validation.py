@@ -17,20 +17,26 @@ from torch import nn
 from fv_distill.config.instantiate import resolve_target
 from fv_distill.config.validation import unknown_key
 from fv_distill.console import console
-from fv_distill.export.call_arguments import training_call_arguments
+from fv_distill.export.call_arguments import (
+    needs_image,
+    pipeline_of,
+    takes_image,
+    training_call_arguments,
+    training_clip_size,
+)
 from fv_distill.export.guider import set_guider
 from fv_distill.export.scheduler import few_step_scheduler_for
 from fv_distill.generation import DEFAULT_GUIDANCE, even_sigmas, stream_clip
 from fv_distill.models.base import CausalModelBase
 from fv_distill.models.conditioning import Conditioning
-from fv_distill.prompts import read_prompts
+from fv_distill.prompts import Prompt, read_prompt_rows
 from fv_distill.rng import derive_seed, generator_for
 from fv_distill.training.sharding import reshard, unwrap
 
 from .base import Callback
 from .ema import EMACallback
 from .tracker_videos import TRACKERS_WITH_VIDEOS, log_videos
-from .video_files import best_suffix, contact_sheet, preview, write_video
+from .video_files import best_suffix, contact_sheet, load_first_frame, preview, write_video
 
 if TYPE_CHECKING:
     from fv_distill.training.trainer import Trainer
@@ -55,7 +61,8 @@ class ValidationCallback(Callback):
     prompt's position alone, and the global generators are put back. The pipeline is loaded for it and freed after it.
 
     Args:
-        dataset_file: prompts, one a line (.txt), or strings or rows with `caption` or `prompt` (.json, .jsonl).
+        dataset_file: prompts, one a line (.txt), or strings or rows with `caption` or `prompt` (.json, .jsonl), for an
+            image-to-video pipeline also `image`, the path of the first frame, relative to the file.
         pipeline_target: a pipeline class with `from_pretrained` and a call.
         every_steps: how often.
         sampling_steps: step counts to sample with, for many-step models.
@@ -70,9 +77,9 @@ class ValidationCallback(Callback):
             `negative_prompt` are the training's where they are not given.
 
     Raises:
-        FileNotFoundError: if there is no such prompt file.
-        ValueError: for a file without prompts, an argument that the pipeline doesn't take, or timesteps that no stock
-            scheduler visits.
+        FileNotFoundError: if there is no such prompt file, or image.
+        ValueError: for a file without prompts, or without images where the pipeline takes them, an argument that the
+            pipeline doesn't take, or timesteps that no stock scheduler visits.
     """
 
     def __init__(
@@ -93,9 +100,11 @@ class ValidationCallback(Callback):
             raise ValueError(f"callbacks.validation.every_steps={every_steps} must be at least 1")
         if not sampling_steps or min(sampling_steps) < 1:
             raise ValueError(f"callbacks.validation.sampling_steps={list(sampling_steps)} must list counts from 1 up")
-        self.prompts = read_prompts(Path(dataset_file), name="callbacks.validation.dataset_file")
+        rows = read_prompt_rows(Path(dataset_file), name="callbacks.validation.dataset_file")
+        self.prompts = [row.text for row in rows]
         self.pipeline_class = resolve_target(pipeline_target)
         self._accepted = _accepted_arguments(self.pipeline_class, pipeline_target, pipeline_kwargs)
+        self.images = self._images(rows, pipeline_target, dataset_file)
         self.every_steps = every_steps
         self.sampling_steps = tuple(sampling_steps)
         given = {"guidance_scale": guidance_scale, "num_frames": num_frames}
@@ -123,6 +132,7 @@ class ValidationCallback(Callback):
         if not self._takes("guidance_scale"):
             # Such a pipeline's guidance is a component of it.
             self._guider_scale = self.call.pop("guidance_scale", None if self.sigmas is None else 1.0)
+        self._check_images(trainer)
         if trainer.accelerator.is_main_process and best_suffix() == ".gif":
             console.print("validation writes .gif files; for .mp4 install fv_distill[video]", highlight=False)
         without = set(trainer.config.training.tracker.trackers) - TRACKERS_WITH_VIDEOS
@@ -167,6 +177,33 @@ class ValidationCallback(Callback):
         guidance = student.sampling_arguments(None if self.sigmas is None else 1.0)
         return {**training, **guidance, "negative_prompt": student.negative_prompt}
 
+    def _images(self, rows: Sequence[Prompt], target: str, dataset_file: str) -> list[Path | None]:
+        """The first frame of each prompt, where the pipeline takes one."""
+        if not takes_image(self.pipeline_class):
+            return [None] * len(rows)
+        for number, row in enumerate(rows, start=1):
+            if row.image is not None and not row.image.is_file():
+                raise FileNotFoundError(
+                    f"callbacks.validation.dataset_file={dataset_file!r}, row {number}: {row.image} is no file"
+                )
+        without = [number for number, row in enumerate(rows, start=1) if row.image is None]
+        if without and needs_image(self.pipeline_class):
+            raise ValueError(
+                f"callbacks.validation.dataset_file={dataset_file!r}, row {without[0]} has no `image`, but {target} "
+                "makes videos of a first frame; write rows of `caption` and `image` (.json, .jsonl)"
+            )
+        return [row.image for row in rows]
+
+    def _check_images(self, trainer: "Trainer") -> None:
+        """Raise a `ValueError` for a pipeline that shows the student no image, or one that it doesn't look at."""
+        student = trainer.models["student"]
+        own = pipeline_of(student.directory, student.pipeline_config)
+        if own is not None and needs_image(own) != needs_image(self.pipeline_class):
+            raise ValueError(
+                f"callbacks.validation.pipeline_target: {self.pipeline_class.__name__} is not how a "
+                f"{type(student).__name__} is sampled; set it to diffusers.{own.__name__}"
+            )
+
     def _takes(self, key: str) -> bool:
         return self._accepted is None or key in self._accepted
 
@@ -175,7 +212,10 @@ class ValidationCallback(Callback):
         # A text encoder is often larger than the network and shares the device with the training.
         half = {"dtype": {"default": torch.bfloat16, "vae": torch.float32}}
         dtypes = half if trainer.accelerator.mixed_precision == "bf16" else {}
-        pipeline = self.pipeline_class.from_pretrained(student.directory, transformer=None, **dtypes)
+        # Of two experts the other one comes from the directory.
+        pipeline = self.pipeline_class.from_pretrained(student.directory, **{student.component: None}, **dtypes)
+        if settings := {key: value for key, value in student.pipeline_config.items() if not key.startswith("_")}:
+            pipeline.register_to_config(**settings)
         if self.sigmas is not None:
             pipeline.scheduler = few_step_scheduler_for(
                 student.directory, self.sigmas, sample_type=trainer.method.sample_type
@@ -186,7 +226,7 @@ class ValidationCallback(Callback):
             if isinstance(part, nn.Module):
                 part.to(device)
         # Registered last: the pipeline must neither move nor cast the network that is being trained.
-        pipeline.register_modules(transformer=unwrap(student.transformer))
+        pipeline.register_modules(**{student.component: unwrap(student.transformer)})
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -208,8 +248,14 @@ class ValidationCallback(Callback):
         # Schedulers that noise afresh draw from the global generator. Seeded like the start's own generator it would
         # give the same noise again.
         torch.manual_seed(derive_seed(self.seed, "validation/fresh_noise", index))
+        path = self.images[index]
+        # The first argument of a pipeline that takes an image is the image.
+        shown: dict[str, Any] = {"prompt": self.prompts[index]}
+        if path is not None:
+            width, height = training_clip_size(trainer.models["student"].directory, trainer.latent_shape)
+            shown["image"] = load_first_frame(path, self.call.get("width", width), self.call.get("height", height))
         result = pipeline(
-            prompt=self.prompts[index],
+            **shown,
             num_inference_steps=steps,
             generator=generator_for(self.seed, "validation/start", index),
             output_type="np",

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 _SMALLEST_SIDE = 64
 _MARGIN = 4
@@ -160,3 +160,16 @@ def _write_mp4(path: Path, chunks: Iterable[np.ndarray], *, fps: float) -> None:
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
+
+
+def load_first_frame(path: Path, width: int, height: int) -> Image.Image:
+    """An image in the size of the clips, as training clips are made: scaled to cover it, and cut in the middle.
+
+    Raises:
+        ValueError: for a file that is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is no image that Pillow can read") from error

@@ -2,7 +2,7 @@
 
 A tensor is three columns: `<name>_bytes` (C-contiguous, little-endian), `<name>_shape` and `<name>_dtype`. This is the
 published schema of FastVideo's preprocessing, so data sets made by it are read unchanged. `vae_latent` holds raw VAE
-latents `[C, T, H, W]`, `text_embedding` the unpadded `[L, D]`.
+latents `[C, T, H, W]`, `text_embedding` the unpadded `[L, D]`; `first_frame_latent` is normalised, as it is there.
 """
 
 import os

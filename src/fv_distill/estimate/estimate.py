@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.optim import Optimizer
@@ -30,6 +30,7 @@ class Clip:
         latents: `[C, T, H, W]`.
         text: `[L, D]`.
         trajectories: of the paths that are trained on instead of clips.
+        conditions: shapes of the data columns beside text.
     """
 
     batch_size: int
@@ -37,6 +38,7 @@ class Clip:
     latents: tuple[int, int, int, int]
     text: tuple[int, int]
     trajectories: TrajectoryOptions | None = None
+    conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def _measure_peaks(
     method: TrainingMethod, clip: Clip, layout: Layout
 ) -> tuple[list[UpdatePeak], dict[str, dict[str, int]], dict[str, bool]]:
     """The run's own peaks; activations without and with checkpointing by role; which of the two is the run's own."""
-    batch = make_meta_batch(clip, method.models["student"])
+    batch = make_meta_batch(clip)
 
     peaks = simulate_updates(method, batch, layout=layout, accumulation_steps=clip.accumulation_steps)
     own = {peak.role: bool(_network(method, peak.role).is_gradient_checkpointing) for peak in peaks}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import diffusers
 
+from fv_distill.export.call_arguments import needs_image, pipeline_of
 from fv_distill.generation import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from fv_distill.models.pretrained import load_component_config
 
@@ -76,7 +77,8 @@ def make_way(name: str, directory: Path, *, steps: int | None, guidance: float |
         option: what messages call the step count.
 
     Raises:
-        ValueError: for fewer than one step, or a number that a few-step student was not trained for.
+        ValueError: for a model that needs images, for fewer than one step, or for a number that a few-step student was
+            not trained for.
     """
     if steps is not None and steps < 1:
         raise ValueError(f"{option}={steps} must be at least 1")
@@ -89,6 +91,12 @@ def make_way(name: str, directory: Path, *, steps: int | None, guidance: float |
         guidance = info["call"].get("guidance_scale") if guidance is None else guidance
         steps = trained
     causal = bool(info.get("causal"))
+    pipeline = None if causal else pipeline_of(directory)
+    if pipeline is not None and needs_image(pipeline):
+        raise ValueError(
+            f"{directory} is a {pipeline.__name__}, which makes videos of first frames; evaluate gives prompts alone "
+            "and can't compare such models"
+        )
     steps = _default(directory, "num_inference_steps", causal=causal) if steps is None else steps
     guidance = _default(directory, "guidance_scale", causal=causal) if guidance is None else guidance
     return Way(_name(name, steps), directory, steps, guidance, "stream" if causal else "pipeline")

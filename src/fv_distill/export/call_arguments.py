@@ -1,12 +1,13 @@
 """The arguments that a pipeline has to be called with to make clips like those that a student was trained on."""
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 
-from fv_distill.models.pretrained import read_pipeline_class, read_vae_factors
+from fv_distill.models.pretrained import read_model_index, read_vae_factors
 
 
 def training_call_arguments(directory: Path, latent_shape: Sequence[int], *, text_length: int) -> dict[str, int]:
@@ -26,11 +27,29 @@ def training_call_arguments(directory: Path, latent_shape: Sequence[int], *, tex
         "num_frames": (frames - 1) * factor + (1 if factor > 1 else 0),
         "max_sequence_length": text_length,
     }
-    accepted = _accepted_arguments(directory)
+    kind = pipeline_of(directory)
+    accepted = None if kind is None else inspect.signature(kind.__call__).parameters
     return {key: value for key, value in call.items() if accepted is None or key in accepted}
 
 
-def _accepted_arguments(directory: Path) -> Collection[str] | None:
-    """What the directory's pipeline can be called with; None for one that diffusers doesn't have."""
-    kind = getattr(diffusers, read_pipeline_class(directory), None)
-    return None if kind is None else inspect.signature(kind.__call__).parameters
+def training_clip_size(directory: Path, latent_shape: Sequence[int]) -> tuple[int, int]:
+    """Width and height of the training clips, whose latents have the shape `[C, T, H, W]`."""
+    _, factor = read_vae_factors(directory)
+    return latent_shape[3] * factor, latent_shape[2] * factor
+
+
+def needs_image(pipeline_class: Any) -> bool:
+    """Whether a pipeline can't be called without the first frame, `image`."""
+    parameter = inspect.signature(pipeline_class.__call__).parameters.get("image")
+    return parameter is not None and parameter.default is parameter.empty
+
+
+def takes_image(pipeline_class: Any) -> bool:
+    """Whether a pipeline can be called with a first frame, `image`."""
+    return "image" in inspect.signature(pipeline_class.__call__).parameters
+
+
+def pipeline_of(directory: Path, pipeline_config: Mapping[str, Any] | None = None) -> Any:
+    """The diffusers class that a directory names, or `pipeline_config` in its stead; None if diffusers has no such."""
+    name = {**read_model_index(directory), **(pipeline_config or {})}["_class_name"]
+    return getattr(diffusers, name, None)

@@ -14,10 +14,10 @@ from fv_distill.console import console
 from fv_distill.lora import LoraSpec
 from fv_distill.models.pretrained import parse_dtype, resolve_directory
 
-from .call_arguments import training_call_arguments
+from .call_arguments import needs_image, pipeline_of, training_call_arguments
 from .checkpoint_weights import load_role_weights, read_checkpoint_metadata
 from .diffusers_dir import build_transformer, export_diffusers_directory
-from .lora_file import LoraWeights, export_lora_directory, merge_lora, pipeline_loads_lora, write_comfyui_lora
+from .lora_file import LoraWeights, export_lora_directory, loads_lora, merge_lora, write_comfyui_lora
 from .run_record import RunFiles, find_run, training_record
 from .student_info import StudentInfo
 from .wan_keys import convert_state_dict_to_original
@@ -68,6 +68,9 @@ def convert(
     base_model = _base_model(metadata, config, role)
     pipeline = metadata["config"]["pipeline"]
     few_step = metadata["few_step"] if role == "student" else None
+    # Older checkpoints lack the entry, and are all of their pipeline's only network.
+    network = metadata.get("networks", {}).get(role, {"component": "transformer", "pipeline_config": {}})
+    pipeline_class = pipeline_of(resolve_directory(base_model), network["pipeline_config"])
     info = StudentInfo(
         base_model=base_model,
         method=metadata["config"]["method"]["_target_"],
@@ -86,12 +89,15 @@ def convert(
         versions=metadata["versions"],
         hub_model_id=pipeline["hub_model_id"] if pipeline["push_to_hub"] else None,
         training=training_record(metadata),
+        component=network["component"],
+        pipeline_config=network["pipeline_config"],
+        needs_image=pipeline_class is not None and needs_image(pipeline_class),
     )
     weights = load_role_weights(checkpoint, "ema" if averaged else role)
     spec = metadata["lora"].get(role)
     lora = None if spec is None else LoraWeights(weights, LoraSpec(**spec))
     if export_format is None:
-        as_lora = lora is not None and info.causal is None and pipeline_loads_lora(resolve_directory(base_model))
+        as_lora = lora is not None and info.causal is None and loads_lora(pipeline_class)
         export_format = "lora" if as_lora else "diffusers"
     output, run = Path(output_dir), run or find_run(Path(checkpoint), metadata["config"])
     return _write(output, weights, lora, info, export_format, dtype=dtype, overwrite=overwrite, run=run)
@@ -120,10 +126,11 @@ def _write(
     if export_format == "original":
         check_output_file(output, overwrite=overwrite)
     if lora is not None:
-        weights = merge_lora(info.base_model, lora)
+        weights = merge_lora(info.base_model, lora, component=info.component)
     if export_format != "original":
         return export_diffusers_directory(output, weights, info, dtype=to_dtype, overwrite=overwrite, run=run)
-    transformer = build_transformer(resolve_directory(info.base_model), weights, dtype=to_dtype)
+    base = resolve_directory(info.base_model)
+    transformer = build_transformer(base, weights, dtype=to_dtype, component=info.component)
     return write_weights_file(output, convert_state_dict_to_original(transformer.state_dict()))
 
 

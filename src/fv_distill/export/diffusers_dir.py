@@ -29,7 +29,9 @@ def export_diffusers_directory(
     overwrite: bool = False,
     run: RunFiles | None = None,
 ) -> Path:
-    """Write the base model's directory with the student's transformer and a scheduler that visits its sigmas.
+    """Write the base model's directory with the student's network and a scheduler that visits its sigmas.
+
+    Of a directory with two experts the other one is copied.
 
     The directory is written beside its final name and renamed when complete.
 
@@ -51,13 +53,16 @@ def export_diffusers_directory(
     scheduler: Any = None
     if info.sigmas is not None and info.causal is None:
         scheduler = few_step_scheduler_for(base, info.sigmas, sample_type=info.sample_type)
-    transformer = build_transformer(base, weights, dtype=dtype)
+    transformer = build_transformer(base, weights, dtype=dtype, component=info.component)
     skipped = [] if scheduler is None else ["scheduler"]
-    with pipeline_directory(output_dir, base, transformer, skipped=skipped) as partial:
+    with pipeline_directory(output_dir, base, transformer, component=info.component, skipped=skipped) as partial:
+        entries = dict(info.pipeline_config)
         if scheduler is not None:
             scheduler.save_pretrained(partial / "scheduler")
-            _set_scheduler_class(partial / "model_index.json", type(scheduler).__name__)
             switch_guider_off(partial)
+            entries["scheduler"] = ["diffusers", type(scheduler).__name__]
+        if entries:
+            _set_index_entries(partial / "model_index.json", entries)
         write_info(partial, info)
         if run is not None:
             copy_run_assets(run, partial, step=info.step)
@@ -177,7 +182,6 @@ def cast_weights(transformer: nn.Module, weights: Mapping[str, Tensor], dtype: t
     return {key: value.to(torch.float32 if key in kept else dtype) for key, value in weights.items()}
 
 
-def _set_scheduler_class(index_file: Path, class_name: str) -> None:
+def _set_index_entries(index_file: Path, entries: Mapping[str, Any]) -> None:
     index = json.loads(index_file.read_text())
-    index["scheduler"] = ["diffusers", class_name]
-    index_file.write_text(json.dumps(index, indent=2) + "\n")
+    index_file.write_text(json.dumps({**index, **entries}, indent=2) + "\n")

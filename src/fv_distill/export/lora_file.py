@@ -1,6 +1,5 @@
 """A trained LoRA for others: diffusers' own form, ComfyUI's with the original Wan's names, or merged."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fv_distill.lora import LoraSpec
-from fv_distill.models.pretrained import read_pipeline_class, resolve_directory
+from fv_distill.models.pretrained import read_model_index, resolve_directory
 
+from .call_arguments import pipeline_of
 from .diffusers_dir import check_output, replaced_directory
 from .model_card import write_model_card
 from .run_record import RunFiles, copy_run_assets
@@ -22,7 +22,6 @@ from .wan_keys import to_original_key
 from .weights_file import check_output_file, write_weights_file
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-_COMPONENT = "transformer"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def export_lora_directory(
     """
     output_dir, base = Path(output_dir), resolve_directory(info.base_model)
     check_output(output_dir, base, overwrite=overwrite, ours=(DIFFUSERS_FILE,))
-    pipeline_class = _pipeline_class(base)
+    pipeline_class = _pipeline_class(base, info.pipeline_config)
     with replaced_directory(output_dir) as partial:
         pipeline_class.save_lora_weights(
             partial,
@@ -100,16 +99,21 @@ def write_comfyui_lora(output_file: str | Path, lora: LoraWeights, *, overwrite:
 
 
 @torch.no_grad()
-def merge_lora(base_model: str, lora: LoraWeights) -> dict[str, Tensor]:
+def merge_lora(base_model: str, lora: LoraWeights, *, component: str = "transformer") -> dict[str, Tensor]:
     """The base network's weights with the adapter in them, by PEFT's own merging, in the type that the base is kept in.
+
+    Args:
+        base_model: the directory or Hub id.
+        lora: the adapter.
+        component: the pipeline's name of the network.
 
     Raises:
         ValueError: if the adapter doesn't fit the network.
     """
     base = resolve_directory(base_model)
-    class_name = json.loads((base / "model_index.json").read_text())[_COMPONENT][1]
+    class_name = read_model_index(base)[component][1]
     kind = getattr(diffusers, class_name)
-    stored = kind.from_pretrained(base, subfolder=_COMPONENT, torch_dtype="auto")
+    stored = kind.from_pretrained(base, subfolder=component, torch_dtype="auto")
     types = {name: value.dtype for name, value in stored.state_dict().items()}
     # Merged in float32: what an adapter adds is often smaller than half a unit of bf16.
     transformer: Any = stored.to(torch.float32)
@@ -141,13 +145,14 @@ def _peft_metadata(spec: LoraSpec) -> dict[str, Any]:
     return {**{key: config[key] for key in kept}, "target_modules": sorted(spec.target_modules)}
 
 
-def pipeline_loads_lora(base: Path) -> bool:
-    """Whether diffusers' pipeline of a directory has `load_lora_weights`."""
-    return hasattr(getattr(diffusers, read_pipeline_class(base), None), "save_lora_weights")
+def loads_lora(pipeline_class: Any) -> bool:
+    """Whether a diffusers pipeline, or None for one that diffusers lacks, has `load_lora_weights`."""
+    return hasattr(pipeline_class, "save_lora_weights")
 
 
-def _pipeline_class(base: Path) -> Any:
-    name = read_pipeline_class(base)
-    if not pipeline_loads_lora(base):
+def _pipeline_class(base: Path, pipeline_config: Mapping[str, Any]) -> Any:
+    kind = pipeline_of(base, pipeline_config)
+    if not loads_lora(kind):
+        name = {**read_model_index(base), **pipeline_config}["_class_name"]
         raise ValueError(f"diffusers' {name} loads no LoRA; export with --format merged")
-    return getattr(diffusers, name)
+    return kind

@@ -92,7 +92,7 @@ def _section(name: str, body: str) -> str:
 
 def _metadata(info: StudentInfo, base: BaseCard, directory: Path) -> ModelCardData:
     """The front matter. `to_yaml` quotes what needs it and drops what is None."""
-    kind = _pipeline_tag(directory)
+    kind = "image-to-video" if info.needs_image else _pipeline_tag(directory)
     is_lora = info.lora_weights is not None
     tags = ["diffusers", "video", kind, "distillation", "causal", "lora", "fv_distill"]
     applies = {"distillation": info.sigmas is not None, "causal": info.causal is not None, "lora": is_lora}
@@ -127,6 +127,12 @@ def _summary(info: StudentInfo, base: BaseCard) -> str:
     lines = [f"- base model: {linked}", f"- method: {code(info.method)}, {info.step} steps"]
     if info.averaged:
         lines[-1] += ", averaged weights"
+    if "boundary_ratio" in info.pipeline_config:
+        boundary = info.pipeline_config["boundary_ratio"]
+        lines.append(
+            f"- trained: {code(info.component)}, one of two networks that part at sigma {boundary:g}; the other is "
+            "the base model's"
+        )
     if info.sigmas is not None:
         levels = ", ".join(f"{sigma:.6g}" for sigma in info.sigmas)
         lines.append(f"- noise levels: {levels}; guidance 1 (none); sampling: {info.sample_type}")

@@ -6,6 +6,9 @@ from .student_info import StudentInfo, public_name
 
 _PROMPT = "a cat walks through snow"
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+# The low-noise network of a pipeline with two.
+_SECOND = "transformer_2"
+_ANY = "DiffusionPipeline"
 
 
 def sampling_snippet(info: StudentInfo, *, name: str) -> str:
@@ -25,16 +28,20 @@ def sampling_snippet(info: StudentInfo, *, name: str) -> str:
     # The base model's scheduler doesn't visit the trained noise levels; a whole export has its own in its place.
     scheduler = [_SCHEDULER] if info.lora_weights is not None and info.sigmas is not None else []
     call = {"prompt": _PROMPT, **info.pipeline_call}
+    image = [_image_line(info)] if info.needs_image else []
     return "\n".join(
         [
             "import torch",
-            f"from diffusers import {', '.join(['DiffusionPipeline', *scheduler])}",
+            f"from diffusers import {', '.join([_loader(info), *scheduler])}",
             "from diffusers.utils import export_to_gif",
+            *(["from PIL import Image"] if image else []),
             "",
             'device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)',
             *_loading(info, name, scheduler),
+            *image,
             "torch.manual_seed(0)",
             "result = pipe(",
+            *(["    image=image,"] if image else []),
             *(f"    {key}={_quoted(value) if isinstance(value, str) else repr(value)}," for key, value in call.items()),
             '    output_type="pil",',
             ")",
@@ -43,12 +50,24 @@ def sampling_snippet(info: StudentInfo, *, name: str) -> str:
     )
 
 
+def _image_line(info: StudentInfo) -> str:
+    size = f"({info.call['width']}, {info.call['height']})"
+    return f'image = Image.new("RGB", {size}, "gray")  # or your own: Image.open("first_frame.png")'
+
+
+def _loader(info: StudentInfo) -> str:
+    """The class that loads the pipeline; the index of a LoRA's base model may name another than the adapter was for."""
+    return str(info.pipeline_config.get("_class_name", _ANY)) if info.lora_weights is not None else _ANY
+
+
 def _loading(info: StudentInfo, name: str, scheduler: list[str]) -> list[str]:
     if info.lora_weights is None:
-        return [f"pipe = DiffusionPipeline.from_pretrained({_quoted(name)}, dtype=dtype).to(device)"]
+        return [f"pipe = {_ANY}.from_pretrained({_quoted(name)}, dtype=dtype).to(device)"]
+    base = _quoted(public_name(info.base_model))
+    second = ", load_into_transformer_2=True" if info.component == _SECOND else ""
     return [
-        f"pipe = DiffusionPipeline.from_pretrained({_quoted(public_name(info.base_model))}, dtype=dtype).to(device)",
-        f"pipe.load_lora_weights({_quoted(name)}, weight_name={_quoted(info.lora_weights)})",
+        f"pipe = {_loader(info)}.from_pretrained({base}, dtype=dtype).to(device)",
+        f"pipe.load_lora_weights({_quoted(name)}, weight_name={_quoted(info.lora_weights)}{second})",
         *(f'pipe.scheduler = {kind}.from_pretrained({_quoted(name)}, subfolder="scheduler")' for kind in scheduler),
     ]
 

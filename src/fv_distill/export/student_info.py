@@ -27,6 +27,9 @@ class StudentInfo:
         training: what the run was like, in the card's order; see `fv_distill.export.run_record.training_record`.
         lora_weights: the file name of a LoRA that is loaded onto the base model; None for whole weights.
         lora: that adapter's rank, alpha, target modules and kind.
+        component: the pipeline's name of the network.
+        pipeline_config: what the export's `model_index.json` says otherwise than the base model's.
+        needs_image: whether its pipeline is called with the first frame.
     """
 
     base_model: str
@@ -43,6 +46,9 @@ class StudentInfo:
     training: dict[str, Any] = field(default_factory=dict)
     lora_weights: str | None = None
     lora: dict[str, Any] | None = None
+    component: str = "transformer"
+    pipeline_config: dict[str, Any] = field(default_factory=dict)
+    needs_image: bool = False
 
     @property
     def pipeline_call(self) -> dict[str, Any]:

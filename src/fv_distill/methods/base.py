@@ -52,8 +52,14 @@ class TrainingMethod(ABC):
     trainable_roles: ClassVar[tuple[str, ...]]
     frozen_roles: ClassVar[tuple[str, ...]] = ()
 
+    optional_roles: ClassVar[tuple[str, ...]] = ()
+    """Frozen roles that the method can do without."""
+
     cache_roles: ClassVar[tuple[str, ...]] = ()
     """Roles that make the method's training data beforehand, and that a config may therefore name."""
+
+    trains_experts: ClassVar[bool] = False
+    """Whether the networks may be experts for a part of the noise levels."""
 
     few_step_sigmas: tuple[float, ...] | None = None
     """The levels that the trained student is sampled at, without the final 0; None for a many-step model."""
@@ -117,7 +123,7 @@ class TrainingMethod(ABC):
         name = type(self).__name__
         expected = self.trainable_roles + self.frozen_roles
         missing = [role for role in expected if role not in self.models]
-        surplus = [role for role in self.models if role not in expected]
+        surplus = [role for role in self.models if role not in expected + self.optional_roles]
         if missing or surplus:
             raise ValueError(
                 f"{name} needs the roles {', '.join(expected)}; models has {', '.join(self.models) or 'none'}"
@@ -128,3 +134,9 @@ class TrainingMethod(ABC):
             if model.trainable != (role in self.trainable_roles):
                 should = "true" if role in self.trainable_roles else "false"
                 raise ValueError(f"{name} needs models.{role}.trainable: {should}")
+            if model.is_expert and not self.trains_experts:
+                low, high = model.sigma_range
+                raise ValueError(
+                    f"{name} calls its networks at all noise levels, but models.{role} is an expert for sigma {low:g} "
+                    f"to {high:g} only; FineTuneMethod and DMD2Method train experts"
+                )

@@ -14,14 +14,17 @@ from fv_distill.losses.flow_matching import errors_by_sigma, flow_matching_loss
 from fv_distill.models.base import ModelBase
 from fv_distill.models.conditioning import CHANNEL_COLUMNS, Conditioning, PreparedBatch, UncondPolicy, unconditional
 from fv_distill.rng import SampleRng
-from fv_distill.rollouts.few_step import few_step_rollout
+from fv_distill.rollouts.few_step import VelocityNetwork, few_step_rollout
 from fv_distill.schedules import flow
 from fv_distill.schedules.few_step import few_step_sigmas
-from fv_distill.schedules.timesteps import score_sigma
+from fv_distill.schedules.timesteps import score_sigma, within_range
 
 from .base import LossTerm, SigmaErrors, TrainingMethod
 from .calls import NetworkCall
 from .options import DMD2Options, MethodOptions
+
+# Pipelines compare timesteps, 1000 sigma, that went through float32.
+_EDGE = 1e-5
 
 
 class DMD2Method(TrainingMethod):
@@ -30,6 +33,9 @@ class DMD2Method(TrainingMethod):
     options_class = DMD2Options
     trainable_roles = ("student", "critic")
     frozen_roles = ("teacher",)
+    # Makes a low-noise expert's rollouts down to where its own noise levels begin.
+    optional_roles = ("high_expert",)
+    trains_experts = True
 
     def __init__(self, models: Mapping[str, ModelBase], options: MethodOptions | None = None) -> None:
         super().__init__(models, options)
@@ -41,6 +47,7 @@ class DMD2Method(TrainingMethod):
             warp=self.options.warp_denoising_step,
         )
         self.sample_type = self.options.student_sample_type
+        self._exits = self._own_steps()
         cfg = self.options.cfg_uncond
         self._policy = UncondPolicy(text=cfg.text, image=cfg.image or "keep", action=cfg.action or "keep")
         if self._uses_guidance:
@@ -50,6 +57,58 @@ class DMD2Method(TrainingMethod):
                 raise ValueError(f"method.cfg_uncond.text: {error}") from error
         # The student's rollout on its way to the critic's loss of the same step, by the micro-batch's first sample.
         self._rollouts: dict[tuple[int, int], Tensor] = {}
+
+    def _own_steps(self) -> tuple[int, ...]:
+        """Indices of the steps that the student is trained at: all, or those of an expert's noise levels.
+
+        Raises:
+            ValueError: if the roles are experts for different levels, or the student has none to be trained at.
+        """
+        own, levels = self.student.sigma_range, ", ".join(f"{sigma:.4g}" for sigma in self.few_step_sigmas)
+        self._check_ranges(own)
+        for sigma in self.few_step_sigmas:
+            if any(0 < edge < 1 and abs(sigma - edge) < _EDGE for edge in own):
+                raise ValueError(
+                    f"method.dmd_denoising_steps: of the sigmas {levels}, {sigma:.4g} is the boundary between the "
+                    "experts, where rounding decides which one a pipeline calls; choose other steps or flow_shift"
+                )
+        steps = tuple(step for step, sigma in enumerate(self.few_step_sigmas) if self.student.covers(sigma))
+        if not steps:
+            raise ValueError(f"method.dmd_denoising_steps: none of the sigmas {levels} is in the expert's range {own}")
+        self._check_high_expert(needed=self.options.rollout_mode == "simulate" and steps[0] != 0)
+        return steps
+
+    def _check_ranges(self, own: tuple[float, float]) -> None:
+        for role in ("teacher", "critic"):
+            if (model := self.models[role]).sigma_range != own:
+                raise ValueError(
+                    f"models.{role} is for sigma {model.sigma_range}, but the student for {own}; give all roles the "
+                    "same expert and boundary_ratio"
+                )
+        minimum, maximum = self.options.min_score_sigma, self.options.max_score_sigma
+        if maximum <= own[0] or minimum >= own[1]:
+            raise ValueError(
+                f"method.min_score_sigma={minimum:g} and max_score_sigma={maximum:g} leave out the expert's whole "
+                f"range {own}"
+            )
+
+    def _check_high_expert(self, *, needed: bool) -> None:
+        own, high = self.student.sigma_range, self.models.get("high_expert")
+        if high is None and needed:
+            raise ValueError(
+                f"method.rollout_mode: simulate starts at pure noise, which is not in the expert's range {own}; set "
+                "models.high_expert to the expert that makes the steps before, or rollout_mode: data_latent for clips"
+            )
+        if high is not None and not needed:
+            raise ValueError(
+                "models.high_expert is only called in the rollouts (rollout_mode: simulate) of a low-noise expert; "
+                "remove it"
+            )
+        if high is not None and high.sigma_range != (own[1], 1.0):
+            raise ValueError(
+                f"models.high_expert is for sigma {high.sigma_range}, but the student's range {own} ends at {own[1]:g}"
+                "; set models.high_expert.expert: high, and the same boundary_ratio for all roles"
+            )
 
     @property
     def _uses_guidance(self) -> bool:
@@ -77,11 +136,15 @@ class DMD2Method(TrainingMethod):
         return tuple(calls)
 
     def _rollout_calls(self, num_frames: int, *, grad: bool) -> list[NetworkCall]:
-        """The student's calls of one rollout; exit steps are drawn evenly, so that its mean depth is (n + 1) / 2."""
+        """The student's calls of one rollout; exit steps are drawn evenly among those that it is trained at."""
         last = NetworkCall("student", grad=grad)
         if self.options.rollout_mode == "data_latent":
             return [last]
-        return [NetworkCall("student", count=(len(self.few_step_sigmas) + 1) / 2 - 1), last]
+        # Steps before the student's own are another expert's.
+        before = self._exits[0]
+        mean_exit = sum(self._exits) / len(self._exits)
+        calls = [NetworkCall("high_expert", count=before)] if before else []
+        return [*calls, NetworkCall("student", count=mean_exit - before), last]
 
     def optimizer_overrides(self, role: str) -> dict[str, Any]:
         """The critic's own learning rate, betas and scheduler where the options give them."""
@@ -152,19 +215,24 @@ class DMD2Method(TrainingMethod):
             return self._denoise_data(prepared, noise, rng.uniform(f"{role}/exit"), grad=grad)
         # The depth is shared by all ranks: with sharded networks every rank has to make the same calls.
         return few_step_rollout(
-            self.student,
+            self._rollout_network(),
             noise,
             prepared.conditioning,
             self.few_step_sigmas,
-            exit_step=rng.shared_integer(f"{role}/exit", len(self.few_step_sigmas)),
+            exit_step=self._exits[rng.shared_integer(f"{role}/exit", len(self._exits))],
             sample_type=self.sample_type,
             fresh_noise=lambda step: rng.normal(f"{role}/rollout/{step}", shape),
             grad=grad,
         )
 
+    def _rollout_network(self) -> VelocityNetwork:
+        """The student, behind the expert that makes the steps before its own."""
+        high = self.models.get("high_expert")
+        return self.student if high is None else _InTurns(high, self.student, first_low=self._exits[0])
+
     def _denoise_data(self, prepared: PreparedBatch, noise: Tensor, u: Tensor, *, grad: bool) -> Tensor:
         """One student call on clips noised to a level drawn per sample."""
-        levels = torch.tensor(self.few_step_sigmas, device=u.device)
+        levels = torch.tensor([self.few_step_sigmas[step] for step in self._exits], device=u.device)
         sigma = levels[(u * len(levels)).long()]
         x_t = flow.add_noise(prepared.latents, noise, sigma)
         with torch.set_grad_enabled(grad):
@@ -176,7 +244,11 @@ class DMD2Method(TrainingMethod):
         if options.score_sigma == "per_batch":
             u = torch.full_like(u, rng.shared_uniform(stream))
         shift = options.score_flow_shift or self.student.flow_shift
-        return score_sigma(u, shift=shift, minimum=options.min_score_sigma, maximum=options.max_score_sigma)
+
+        def sigma_at(u: Tensor) -> Tensor:
+            return score_sigma(u, shift=shift, minimum=options.min_score_sigma, maximum=options.max_score_sigma)
+
+        return within_range(u, sigma_at, self.student.sigma_range)
 
     def _unconditional(self, conditioning: Conditioning) -> Conditioning:
         negative = self.student.negative_conditioning() if self._policy.text == "negative_prompt" else None
@@ -195,3 +267,16 @@ class DMD2Method(TrainingMethod):
                         "remove the key or set method.cfg_uncond.on_missing: ignore"
                     )
         return prepared
+
+
+class _InTurns:
+    """Two experts as one network for one rollout, whose first calls are the other expert's."""
+
+    def __init__(self, high: ModelBase, low: ModelBase, *, first_low: int) -> None:
+        self._high, self._low, self._left = high, low, first_low
+
+    def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The velocity by the expert whose turn it is, which is known without looking at the device's sigma."""
+        self._left -= 1
+        expert = self._high if self._left >= 0 else self._low
+        return expert.predict_velocity(x_t, sigma, conditioning)

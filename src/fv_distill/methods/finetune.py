@@ -10,7 +10,7 @@ from fv_distill.models.base import ModelBase
 from fv_distill.rng import SampleRng
 from fv_distill.schedules import flow
 from fv_distill.schedules.shift import shift_sigma
-from fv_distill.schedules.timesteps import density_sigma
+from fv_distill.schedules.timesteps import density_sigma, within_range
 
 from .base import LossTerm, SigmaErrors, TrainingMethod
 from .calls import NetworkCall
@@ -22,6 +22,7 @@ class FineTuneMethod(TrainingMethod):
 
     options_class = FineTuneOptions
     trainable_roles = ("student",)
+    trains_experts = True
 
     def __init__(self, models: Mapping[str, ModelBase], options: MethodOptions | None = None) -> None:
         super().__init__(models, options)
@@ -53,9 +54,13 @@ class FineTuneMethod(TrainingMethod):
         yield LossTerm(loss, {"loss/student": loss.detach()}, {"student": errors})
 
     def _draw_sigma(self, rng: SampleRng) -> Tensor:
+        """Of the configured density; an expert gets the part of it that lies in its range."""
+        return within_range(rng.uniform("sigma"), self._sigma_at, self.student.sigma_range)
+
+    def _sigma_at(self, u: Tensor) -> Tensor:
         options = self.options
         sigma = density_sigma(
-            rng.uniform("sigma"),
+            u,
             options.sigma_density,
             logit_mean=options.logit_mean,
             logit_std=options.logit_std,

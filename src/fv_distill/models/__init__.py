@@ -14,5 +14,6 @@ __getattr__, __dir__, __all__ = attach(
         "kv_cache": ["KVCache"],
         "wan": ["WanModel"],
         "wan_causal": ["CausalWanModel"],
+        "wan_image": ["WanImageToVideoModel"],
     },
 )

@@ -15,7 +15,14 @@ from fv_distill.lora import AdapterSwitch
 from fv_distill.schedules import flow
 from fv_distill.schedules.timesteps import score_sigma
 
-from .conditioning import ACTION_COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS, Conditioning, PreparedBatch
+from .conditioning import (
+    ACTION_COLUMNS,
+    IMAGE_COLUMNS,
+    TEXT_COLUMNS,
+    Conditioning,
+    PreparedBatch,
+    check_condition_shapes,
+)
 from .encoders import Encoders
 from .kv_cache import KVCache
 from .pretrained import load_network, read_flow_shift, resolve_directory
@@ -40,8 +47,6 @@ class ModelBase(RoleNetwork, ABC):
     network_class: ClassVar[type[Any]]
     encoders_class: ClassVar[type[Encoders]]
     required_channels: ClassVar[tuple[str, ...]] = ("text",)
-    # Data columns beside `text_embedding` that the network can't do without.
-    required_columns: tuple[str, ...] = ()
     # Whether `predict_velocity` takes sigma `[B, T]`, a noise level per latent frame.
     takes_sigma_per_frame: ClassVar[bool] = True
     # Whether the network embeds time in its timestep's type, which then has to be that of its weights.
@@ -178,6 +183,20 @@ class ModelBase(RoleNetwork, ABC):
     def check_text(self, shape: Sequence[int]) -> None:
         """Raise a `ValueError` that names the fix if text embeddings `[L, D]` can't be fed to the network."""
 
+    def condition_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """The data columns beside text that the network needs, with their shapes for latents `[C, T, H, W]`."""
+        return {}
+
+    def check_conditions(self, shapes: Mapping[str, Sequence[int]], latent_shape: Sequence[int]) -> None:
+        """Raise a `ValueError` that names the fix if a row's tensors, here their shapes by column, lack a condition."""
+        owner = f"{type(self).__name__} of {self.directory}"
+        check_condition_shapes(shapes, self.condition_shapes(latent_shape), owner=owner)
+
+    @property
+    def pipeline_config(self) -> dict[str, Any]:
+        """What the `model_index.json` of an export says otherwise than the directory's own."""
+        return {}
+
     def check_context_parallel(self, degree: int, latent_shape: Sequence[int]) -> None:
         """Raise a `ValueError` unless `degree` processes can share the tokens of latents `[C, T, H, W]`.
 
@@ -196,10 +215,6 @@ class ModelBase(RoleNetwork, ABC):
     def sampling_arguments(self, guidance_scale: float | None) -> dict[str, Any]:
         """Guidance of this scale as arguments of the family's diffusers pipeline; None is the pipeline's own."""
         return {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-
-    def extra_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """A sample's shape of each `Conditioning.extras` that the network needs, for clips `[C, T, H, W]`."""
-        return {}
 
     def text_width(self, encoder_width: int) -> int:
         """The width of text embeddings that a text encoder of hidden size `encoder_width` makes for this family."""
@@ -252,7 +267,7 @@ class ModelBase(RoleNetwork, ABC):
                 starts from noise (text-only rows then have the shape `training.data.latent_shape`).
 
         Raises:
-            ValueError: if the clip is missing, or its shape does not fit the network.
+            ValueError: if the clip or a condition is missing, or its shape does not fit the network.
         """
         text = batch["text_embedding"]
         if "vae_latent" in batch:
@@ -269,6 +284,8 @@ class ModelBase(RoleNetwork, ABC):
                 )
             )
         self.check_latent_shape(shape)
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        self.check_conditions({name: tuple(value.shape[1:]) for name, value in tensors.items()}, shape)
         if latents_source == "data":
             latents = self.normalize_latents(batch["vae_latent"])
         else:

@@ -1,5 +1,6 @@
 """What a network is conditioned on, and what its unconditional pass sees instead."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -52,6 +53,27 @@ class PreparedBatch:
 
     latents: Tensor
     conditioning: Conditioning
+
+
+def check_condition_shapes(
+    found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], *, owner: str
+) -> None:
+    """Compare the shapes of data columns, without the batch's dimension, with those that a network needs.
+
+    Raises:
+        ValueError: naming the column, what is there and what `owner` needs.
+    """
+    for column, shape in expected.items():
+        if column not in found:
+            raise ValueError(
+                f"the rows of training.data.data_path have no {column}, which {owner} is conditioned on "
+                f"(shape {tuple(shape)}); preprocess them with this model"
+            )
+        if tuple(found[column]) != tuple(shape):
+            raise ValueError(
+                f"{column} has the shape {tuple(found[column])}, but {owner} needs {tuple(shape)}; preprocess the rows "
+                "with this model"
+            )
 
 
 def unconditional(conditioning: Conditioning, policy: UncondPolicy, negative: Conditioning | None) -> Conditioning:

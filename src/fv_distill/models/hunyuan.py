@@ -35,7 +35,6 @@ class HunyuanVideoModel(ModelBase):
 
     network_class = HunyuanVideoTransformer3DModel
     encoders_class = HunyuanVideoEncoders
-    required_columns = ("pooled_text_embedding",)
     takes_sigma_per_frame = False
     lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": _ATTENTION,
@@ -125,8 +124,8 @@ class HunyuanVideoModel(ModelBase):
         true_guidance = {} if guidance_scale is None else {"true_cfg_scale": guidance_scale}
         return {"guidance_scale": self.embedded_guidance, **true_guidance}
 
-    def extra_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """See `ModelBase.extra_shapes`."""
+    def condition_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """See `ModelBase.condition_shapes`."""
         return {"pooled_text_embedding": (self.network_config.pooled_projection_dim,)}
 
     def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:

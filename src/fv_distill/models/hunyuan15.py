@@ -30,7 +30,6 @@ class HunyuanVideo15Model(ModelBase):
 
     network_class = HunyuanVideo15Transformer3DModel
     encoders_class = HunyuanVideo15Encoders
-    required_columns: tuple[str, ...] = ("text_embedding_2", "text_mask_2")
     takes_sigma_per_frame = False
     embeds_time_in_own_dtype = True
     # The last block also makes text of its text, which nothing reads.
@@ -52,8 +51,6 @@ class HunyuanVideo15Model(ModelBase):
         super().__init__(transformer, directory=directory, **kwargs)
         self.network_config = cast(Any, transformer).config
         self.sees_an_image = read_pipeline_class(self.directory) == IMAGE_PIPELINE
-        if self.sees_an_image:
-            self.required_columns = (*self.required_columns, "clip_feature")
         self.temporal_factor, _ = read_vae_factors(self.directory)
         self.scaling_factor = float(load_component_config(self.directory, "vae")["scaling_factor"])
 
@@ -115,10 +112,19 @@ class HunyuanVideo15Model(ModelBase):
         """See `ModelBase.sampling_arguments`; this pipeline's guidance is a component of it, the guider."""
         return {}
 
-    def extra_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """See `ModelBase.extra_shapes`."""
+    def condition_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """See `ModelBase.condition_shapes`."""
         width = self.network_config.text_embed_2_dim
-        return {"text_embedding_2": (_GLYPH_TOKENS, width), "text_mask_2": (_GLYPH_TOKENS,)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "text_embedding_2": (_GLYPH_TOKENS, width),
+            "text_mask_2": (_GLYPH_TOKENS,),
+        }
+        if self.sees_an_image:
+            encoder = load_component_config(self.directory, "image_encoder")
+            # SigLIP has no token beside those of the image's patches.
+            tokens = (encoder["image_size"] // encoder["patch_size"]) ** 2
+            shapes["clip_feature"] = (tokens, self.network_config.image_embed_dim)
+        return shapes
 
     def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
         """See `ModelBase.check_latent_shape`: channels, patch divisibility and 4k + 1 frames."""

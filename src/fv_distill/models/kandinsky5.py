@@ -28,7 +28,6 @@ class Kandinsky5Model(ModelBase):
 
     network_class = Kandinsky5Transformer3DModel
     encoders_class = Kandinsky5Encoders
-    required_columns = ("pooled_text_embedding",)
     takes_sigma_per_frame = False
     mixes_types = True
     # The number of a text's tokens is a value of its mask.
@@ -115,8 +114,8 @@ class Kandinsky5Model(ModelBase):
         """`latents / scaling_factor`, see `ModelBase.raw_latents`."""
         return latents.float() / self.scaling_factor
 
-    def extra_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """See `ModelBase.extra_shapes`."""
+    def condition_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """See `ModelBase.condition_shapes`."""
         return {"pooled_text_embedding": (self.network_config.in_text_dim2,)}
 
     def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:

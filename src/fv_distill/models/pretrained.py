@@ -55,6 +55,11 @@ def resolve_directory(init_from: str | Path, *, name: str = "init_from") -> Path
         ) from error
 
 
+def read_model_index(directory: Path) -> dict[str, Any]:
+    """The `model_index.json` of a pipeline directory: its class, its components and their classes, its settings."""
+    return json.loads((directory / "model_index.json").read_text())
+
+
 def load_component_config(directory: Path, component: str) -> dict[str, Any]:
     """The `config.json` of one component of a pipeline directory.
 
@@ -69,7 +74,7 @@ def load_component_config(directory: Path, component: str) -> dict[str, Any]:
 
 def read_pipeline_class(directory: Path) -> str:
     """The name of the class that a pipeline directory says it is of."""
-    return json.loads((directory / "model_index.json").read_text())["_class_name"]
+    return read_model_index(directory)["_class_name"]
 
 
 def read_vae_factors(directory: Path) -> tuple[int, int]:

@@ -22,7 +22,12 @@ class RoleNetwork:
         switch: of the network's adapters; roles that share a network share it.
         is_on_base: whether the network is another role's.
         dtype: of the network's weights.
+        component: the pipeline's name of the network.
+        sigma_range: the noise levels that the network is for; less than all where a family has several experts.
     """
+
+    component: str = "transformer"
+    sigma_range: tuple[float, float] = (0.0, 1.0)
 
     # Names for ends of module names, for `models.<role>.lora.target_modules`.
     lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {}
@@ -97,6 +102,16 @@ class RoleNetwork:
             network.enable_gradient_checkpointing()
         else:
             network.enable_gradient_checkpointing(self.switch.checkpoint)
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether another network is for some noise levels."""
+        return self.sigma_range != (0.0, 1.0)
+
+    def covers(self, sigma: float) -> bool:
+        """Whether the network is for this level; a boundary belongs to the expert above it."""
+        low, high = self.sigma_range
+        return low <= sigma and (sigma < high or high == 1)
 
     def is_trained(self, name: str) -> bool:
         """Whether an optimizer of this role updates the network's parameter of that name."""

@@ -1,9 +1,9 @@
-"""Wan 2.1 text-to-video over diffusers' `WanTransformer3DModel`."""
+"""Wan text-to-video, 2.1 and 2.2, over diffusers' `WanTransformer3DModel`."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -11,14 +11,21 @@ from torch import Tensor, nn
 
 from .base import ModelBase
 from .conditioning import Conditioning
-from .pretrained import load_component_config
+from .pretrained import load_component_config, load_network, read_flow_shift, resolve_directory
 from .wan_encoders import WanEncoders
+from .wan_two_experts import Expert, choose_expert
 
 
 class WanModel(ModelBase):
     """Wan's network output is the velocity itself; its timestep is 1000 sigma and its text is padded with zeros.
 
-    The arguments are those of `ModelBase`; use `WanModel.from_pretrained` for a diffusers directory.
+    Use `WanModel.from_pretrained` for a diffusers directory.
+
+    Args:
+        transformer: see `ModelBase`.
+        directory: see `ModelBase`.
+        expert: which of the directory's networks it is.
+        kwargs: see `ModelBase`.
     """
 
     network_class = WanTransformer3DModel
@@ -33,8 +40,12 @@ class WanModel(ModelBase):
         ),
     }
 
-    def __init__(self, transformer: nn.Module, *, directory: str | Path, **kwargs: Any) -> None:
+    def __init__(
+        self, transformer: nn.Module, *, directory: str | Path, expert: Expert | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(transformer, directory=directory, **kwargs)
+        self.expert = expert or Expert()
+        self.component, self.sigma_range = self.expert.component, self.expert.sigma_range
         self.network_config = cast(Any, transformer).config
         vae = load_component_config(self.directory, "vae")
         self.temporal_factor = int(vae["scale_factor_temporal"])
@@ -42,24 +53,118 @@ class WanModel(ModelBase):
         self.latents_std = torch.tensor(vae["latents_std"]).view(1, -1, 1, 1, 1)
 
     @classmethod
+    def from_pretrained(
+        cls,
+        init_from: str,
+        *,
+        expert: Literal["high", "low"] | None = None,
+        boundary_ratio: float | None = None,
+        trainable: bool = False,
+        flow_shift: float | None = None,
+        dtype: str | torch.dtype = "float32",
+        weights: str | None = None,
+        gradient_checkpointing: bool = False,
+        attention_backend: str | None = None,
+        negative_prompt: str = "",
+        text_length: int = 512,
+    ) -> Self:
+        """Load a Wan pipeline directory or Hub repository.
+
+        Args:
+            init_from: a local diffusers directory or a Hub id `owner/name`.
+            expert: which network of a directory with two: "high" (noise) or "low".
+            boundary_ratio: the sigma from which on the high-noise expert is called; None reads it from the directory.
+            trainable: see `ModelBase.from_pretrained`, as for all below.
+            flow_shift: None reads it from the directory's scheduler.
+            dtype: of the weights.
+            weights: a safetensors file that replaces the network's weights.
+            gradient_checkpointing: recompute activations in the backward pass.
+            attention_backend: a diffusers attention backend.
+            negative_prompt: see `ModelBase`.
+            text_length: see `ModelBase`.
+
+        Raises:
+            FileNotFoundError: if there is no such model.
+            ValueError: see `ModelBase.from_pretrained` and `choose_expert`.
+        """
+        directory = resolve_directory(init_from)
+        chosen = choose_expert(directory, expert, boundary_ratio)
+        transformer = load_network(
+            cls.network_class,
+            directory,
+            check=cls.check_network,
+            dtype=dtype,
+            weights=weights,
+            gradient_checkpointing=gradient_checkpointing,
+            attention_backend=attention_backend,
+            subfolder=chosen.component,
+        )
+        return cls(
+            transformer,
+            directory=directory,
+            expert=chosen,
+            flow_shift=read_flow_shift(directory) if flow_shift is None else flow_shift,
+            trainable=trainable,
+            negative_prompt=negative_prompt,
+            text_length=text_length,
+        )
+
+    @classmethod
+    def on_base(
+        cls,
+        base: ModelBase,
+        *,
+        expert: Literal["high", "low"] | None = None,
+        boundary_ratio: float | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """See `ModelBase.on_base`; the expert is the base's.
+
+        Raises:
+            ValueError: as there, or if the base is another family's or another expert.
+        """
+        if not isinstance(base, WanModel):
+            raise ValueError(f"{cls.__name__} can't work on the network of a {type(base).__name__}")
+        own = base.expert
+        if expert not in (None, own.name) or boundary_ratio not in (None, own.boundary_ratio):
+            raise ValueError(
+                f"expert={expert} and boundary_ratio={boundary_ratio} contradict the role whose network is shared, "
+                f"which has {own.name} and {own.boundary_ratio}; leave them out"
+            )
+        return super().on_base(base, expert=own, **kwargs)
+
+    @classmethod
     def check_network(cls, network_config: Any, directory: Path) -> None:
         """See `ModelBase.check_network`."""
         if network_config.image_dim is not None or network_config.in_channels != network_config.out_channels:
-            raise ValueError(f"{directory} is an image-to-video Wan; only Wan 2.1 text-to-video is handled")
+            raise ValueError(
+                f"{directory} is an image-to-video Wan, which {cls.__name__} does not handle; use "
+                "fv_distill.models.WanImageToVideoModel (there is no causal adapter for it)"
+            )
+
+    @property
+    def pipeline_config(self) -> dict[str, Any]:
+        """See `ModelBase.pipeline_config`: the boundary that the expert was trained with."""
+        return {} if self.expert.name is None else {"boundary_ratio": self.expert.boundary_ratio}
 
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelBase.predict_velocity`; a sigma per latent frame is spread over the frame's tokens."""
+        return self.run_network(x_t, sigma, conditioning)
+
+    def run_network(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, **inputs: Any) -> Tensor:
+        """The network's output, fp32, at latents to which a family's further channels have been added."""
         assert conditioning.text is not None, "Wan has no network without text; see required_channels"
         timestep = 1000 * sigma.float()
         if timestep.ndim == 2:
             _, patch_height, patch_width = self.network_config.patch_size
-            tokens_per_frame = (x_t.shape[3] // patch_height) * (x_t.shape[4] // patch_width)
+            tokens_per_frame = (latents.shape[3] // patch_height) * (latents.shape[4] // patch_width)
             timestep = timestep.repeat_interleave(tokens_per_frame, dim=1)
         (velocity,) = self.call_network(
-            hidden_states=x_t.to(self.dtype),
+            hidden_states=latents.to(self.dtype),
             timestep=timestep,
             encoder_hidden_states=conditioning.text.to(self.dtype),
             return_dict=False,
+            **inputs,
         )
         return velocity.float()
 
@@ -77,10 +182,10 @@ class WanModel(ModelBase):
         if len(shown) != 4:
             raise ValueError(f"latents have shape {shown}; expected [C, T, H, W]")
         channels, frames, height, width = shown
-        if channels != self.network_config.in_channels:
+        if channels != self.network_config.out_channels:
             raise ValueError(
                 f"latents {shown} have {channels} channels but {self.directory} takes "
-                f"{self.network_config.in_channels}; encode the data with this model's own VAE"
+                f"{self.network_config.out_channels}; encode the data with this model's own VAE"
             )
         for name, size, patch in zip(
             ("T", "H", "W"), (frames, height, width), self.network_config.patch_size, strict=True

@@ -16,6 +16,12 @@ from .transformers.wan_causal import CausalWanTransformer3DModel
 from .wan import WanModel
 from .wan_encoders import WanEncoders
 from .wan_streaming_decode import WanStreamingDecoder
+from .wan_two_experts import has_two_experts
+
+_ONE_EXPERT = (
+    "{directory} has two networks, one for high and one for low noise, and a causal student is one network for all "
+    "noise levels; use Wan 2.1 or Wan 2.2 TI2V 5B"
+)
 
 
 class CausalWanModel(CausalModelBase, WanModel):
@@ -39,6 +45,8 @@ class CausalWanModel(CausalModelBase, WanModel):
     @classmethod
     def on_base(cls, base: ModelBase, **kwargs: Any) -> Self:
         """See `ModelBase.on_base`; the base's network is made able to see in chunks, and still sees whole clips."""
+        if base.is_expert:
+            raise ValueError(_ONE_EXPERT.format(directory=base.directory))
         CausalWanTransformer3DModel.convert(base.transformer)
         model = super().on_base(base, **kwargs)
         # The other roles, and whoever knows of none, see whole clips.
@@ -46,7 +54,8 @@ class CausalWanModel(CausalModelBase, WanModel):
         return model
 
     @classmethod
-    def from_pretrained(
+    # Less than a Wan's keywords: a causal student is no expert.
+    def from_pretrained(  # type: ignore[override]
         cls,
         init_from: str,
         *,
@@ -84,6 +93,8 @@ class CausalWanModel(CausalModelBase, WanModel):
                 sizes that make no chunks.
         """
         directory = resolve_directory(init_from)
+        if has_two_experts(directory):
+            raise ValueError(_ONE_EXPERT.format(directory=directory))
         transformer = load_network(
             cls.network_class,
             directory,

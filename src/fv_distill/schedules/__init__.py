@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = attach(
             "mode_sigma",
             "score_sigma",
             "uniform_sigma",
+            "within_range",
         ],
         "few_step": ["few_step_sigmas"],
     },

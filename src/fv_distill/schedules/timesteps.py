@@ -4,6 +4,7 @@ Being functions of a uniform number they hold no randomness of their own, and st
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -51,6 +52,37 @@ def density_sigma(
     if density == "mode":
         return mode_sigma(u, scale=mode_scale)
     raise ValueError(f"unknown sigma density {density!r}; choose one of {', '.join(DENSITIES)}")
+
+
+def within_range(u: Tensor, quantile: Callable[[Tensor], Tensor], sigma_range: tuple[float, float]) -> Tensor:
+    """Sigmas of the density whose quantile function is `quantile`, given that they lie in `sigma_range`.
+
+    This is the share of a whole model's training that falls to an expert for some of its noise levels.
+
+    Args:
+        u: uniform draws in [0, 1).
+        quantile: monotonic, uniform draw to sigma.
+        sigma_range: (0, 1) leaves the density as it is, to the bit.
+    """
+    if sigma_range == (0.0, 1.0):
+        return quantile(u)
+    low, high = sorted(_inverse(quantile, sigma) for sigma in sigma_range)
+    # Rounding at the edges must not hand an expert another one's level.
+    return quantile(low + (high - low) * u).clamp(*sigma_range)
+
+
+def _inverse(quantile: Callable[[Tensor], Tensor], sigma: float) -> float:
+    """The uniform number at which a monotonic quantile function is `sigma`, or the end of [0, 1] nearest to it."""
+
+    def at(u: float) -> float:
+        return quantile(torch.tensor(u, dtype=torch.float64)).item()
+
+    rises = at(1.0) >= at(0.0)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (at(middle) < sigma) == rises else (low, middle)
+    return (low + high) / 2
 
 
 def score_sigma(u: Tensor, *, shift: float, minimum: float = 0.02, maximum: float = 0.98) -> Tensor:

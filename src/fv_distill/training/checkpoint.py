@@ -244,6 +244,13 @@ class CheckpointManager:
                 f"{path} holds the networks {', '.join(metadata['models'])}, this run has "
                 f"{', '.join(self._weights())}; use the same method and callbacks to resume"
             )
+        for name, role in self.trainer.roles.items():
+            stored = metadata.get("networks", {}).get(name, {}).get("component", role.model.component)
+            if stored != role.model.component:
+                raise ValueError(
+                    f"{path} holds a {stored} as {name}, this run has a {role.model.component}; set "
+                    f"models.{name}.expert to what it was"
+                )
         if metadata["global_batch_size"] != self.trainer.plan.global_batch_size:
             raise ValueError(
                 f"{path} was trained with a global batch of {metadata['global_batch_size']}, this run has "
@@ -274,6 +281,10 @@ class CheckpointManager:
             # A few-step student is sampled without guidance, whatever that is called.
             "sampling": {} if student is None else student.sampling_arguments(None if few_step is None else 1.0),
             "causal": self._streaming(),
+            "networks": {
+                name: {"component": role.model.component, "pipeline_config": role.model.pipeline_config}
+                for name, role in trainer.roles.items()
+            },
             "latent_shape": list(trainer.latent_shape),
             "callbacks": trainer.callbacks.state_dict(),
             "sigma_losses": trainer.log.sigma_losses.state_dict(),

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from fv_distill.config.schema import RunConfig
 from fv_distill.console import console
 from fv_distill.data.parquet import ParquetDataset
-from fv_distill.estimate.batch import meta_extras
+from fv_distill.estimate.batch import meta_conditions
 from fv_distill.estimate.estimate import Clip, Device, Estimate, make_estimate
 from fv_distill.estimate.layout import Layout, read_layout
 from fv_distill.estimate.parameters import trained_parameters
@@ -118,7 +118,14 @@ def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:
             method,
             _optimizers(method, config),
             layout=layout,
-            clip=Clip(data.train_batch_size, loop.gradient_accumulation_steps, shape, text, _trajectories(config)),
+            clip=Clip(
+                data.train_batch_size,
+                loop.gradient_accumulation_steps,
+                shape,
+                text,
+                _trajectories(config),
+                student.condition_shapes(shape),
+            ),
             device=device,
             has_average="ema" in config.callbacks,
             text_encoder_bytes=encoder.parameters * student.dtype.itemsize,
@@ -215,7 +222,8 @@ def _read_no_prompts(model: ModelBase, text: tuple[int, int], latents: Sequence[
     def encode(prompts: Sequence[str]) -> Conditioning:
         size = len(prompts)
         embeddings = torch.empty(size, *text, device="meta")
-        extras = {name: value for name, value in meta_extras(model, size, latents).items() if name in TEXT_COLUMNS}
+        shapes = {name: shape for name, shape in model.condition_shapes(latents).items() if name in TEXT_COLUMNS}
+        extras = meta_conditions(shapes, size)
         return Conditioning(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device="meta"), extras)
 
     vars(model)["encode_prompts"] = encode

@@ -11,6 +11,7 @@ import diffusers
 import huggingface_hub
 import transformers
 from accelerate import Accelerator, PartialState
+from torch import Tensor
 
 from fv_distill.callbacks.base import CallbackDict
 from fv_distill.callbacks.hub import HUB_CALLBACK, HubCallback, check_hub
@@ -224,25 +225,31 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
         FileExistsError: if the export would replace something else than an export.
     """
     row, student = dataset[0], method.models["student"]
+    num_frames = None
     if "vae_latent" in row:
-        student.check_latent_shape(tuple(row["vae_latent"].shape), num_frames=row.get("num_frames"))
+        latent_shape, num_frames = tuple(row["vae_latent"].shape), row.get("num_frames")
     elif STATES in row:
-        student.check_latent_shape(tuple(row[STATES].shape[1:]))
+        latent_shape = tuple(row[STATES].shape[1:])
     elif config.training.data.latent_shape is not None:
-        student.check_latent_shape(config.training.data.latent_shape)
+        latent_shape = config.training.data.latent_shape
     else:
         raise ValueError(
             "the rows of training.data.data_path hold text only; set training.data.latent_shape to the [C, T, H, W] "
             "that the student shall generate"
         )
+    student.check_latent_shape(latent_shape, num_frames=num_frames)
     student.check_text(tuple(row["text_embedding"].shape))
-    missing = [column for column in student.required_columns if column not in row]
-    if missing:
-        raise ValueError(
-            f"training.data.data_path: the rows lack {', '.join(missing)}, which {type(student).__name__} needs beside "
-            "text_embedding; preprocess the data with this model"
-        )
     student.check_prompts(method.prompts())
+    shapes = {name: tuple(value.shape) for name, value in row.items() if isinstance(value, Tensor)}
+    student.check_conditions(shapes, latent_shape)
+    conditions = sorted(student.condition_shapes(latent_shape))
+    for role, model in method.models.items():
+        # The student prepares the batch for all of them.
+        if (own := sorted(model.condition_shapes(latent_shape))) != conditions:
+            raise ValueError(
+                f"models.{role} is conditioned on {', '.join(own) or 'text alone'}, but the student on "
+                f"{', '.join(conditions) or 'text alone'}; give both the same _target_"
+            )
     if config.pipeline.export_dir is not None:
         check_output(Path(config.pipeline.export_dir), student.directory, overwrite=True)
     # A causal student streams without a scheduler.

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fv_distill.config.schema import RunConfig
+from fv_distill.config.schema import ModelConfig, RunConfig
 from fv_distill.console import console
 from fv_distill.data.loader import BatchMemory, collate
 from fv_distill.data.parquet import ParquetDataset
@@ -29,6 +29,7 @@ from fv_distill.rollouts.ode import STATES, TIMESTEPS, ode_trajectory, trajector
 from .sharding import prepare_alone
 
 METADATA_FILE = "trajectories.json"
+_TARGET_KEY = "models.teacher._target_"
 
 # Of each weights file so much from both ends tells one teacher from another; hashing all of 14B takes minutes.
 _HASHED_BYTES = 2**20
@@ -62,7 +63,16 @@ class TrajectoryCache:
         return [index for index in range(self.num_files) if not self._file(index).is_file()]
 
     def make(self, accelerator: Accelerator, teacher: ModelBase) -> None:
-        """Make what is missing, each process its share."""
+        """Make what is missing, each process its share.
+
+        Raises:
+            ValueError: if the teacher is for some noise levels only.
+        """
+        if teacher.is_expert:
+            raise ValueError(
+                "models.teacher is an expert for a part of the noise levels, and sampling paths go through all of "
+                "them; distil two experts with DMD2Method"
+            )
         if accelerator.is_main_process:
             self._write_metadata()
         missing = self.missing
@@ -146,6 +156,7 @@ class TrajectoryCache:
             described |= {f"models.teacher.{key}": getattr(teacher, key) for key in ("weights", "flow_shift")}
             described["models.teacher.negative_prompt"] = teacher.negative_prompt
             described["models.teacher.init_from"] = teacher.init_from
+            described[_TARGET_KEY] = teacher.target
             described["models.teacher (fingerprint of its files)"] = _fingerprint(teacher.init_from)
         return described
 
@@ -158,7 +169,8 @@ class TrajectoryCache:
                     "empty directory"
                 )
             return
-        stored = json.loads(path.read_text())
+        # Older metadata has no such entry; there was one adapter then.
+        stored = {_TARGET_KEY: ModelConfig.model_fields["target"].default, **json.loads(path.read_text())}
         for key, value in self._describe().items():
             if stored.get(key) != value:
                 raise ValueError(
