@@ -11,6 +11,8 @@ EXTRAS = {
     "trackio": ["trackio>=0.43,<1"],
     "video": ["av>=18,<19"],
     "digits": ["scikit-learn>=1.9,<2", "matplotlib>=3.11,<4"],
+    # What diffusers' Cosmos network resizes its padding mask with; its build has to fit torch's.
+    "cosmos": ["torchvision>=0.24,<0.30"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
 }
 EXTRAS["dev"] = [

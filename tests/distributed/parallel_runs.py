@@ -41,7 +41,9 @@ class Probe(Callback):
 
     def on_before_optimizer_step(self, trainer, role, metrics):
         parameters = trained_parameters(trainer.roles[role].model)
-        self.gradients[role] = sorted({str(parameter.grad.dtype) for parameter in parameters})
+        self.gradients[role] = sorted(
+            {str(parameter.grad.dtype) for parameter in parameters if parameter.grad is not None}
+        )
 
     def _describe(self, model):
         network = unwrap(model.transformer)

@@ -5,17 +5,10 @@ Modes are chosen as users choose them, by the files of `configs/accelerate`: a r
 """
 
 import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from parallel_launch import CHECKPOINTING, DDP, FSDP2, GLOBAL_BATCH, HSDP, OFFLOAD, SGD, Run, launch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import (
@@ -34,14 +27,10 @@ from tiny_runs import (
     shared_causal_base_config,
     sigma_lines,
     train,
-    write_config,
 )
 
 from fv_distill.export import load_role_weights
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs/accelerate"
-RUNNER = Path(__file__).with_name("parallel_runs.py")
-GLOBAL_BATCH = 4
 METHODS = {
     "dmd2": dmd2_config,
     "self_forcing": self_forcing_config,
@@ -57,9 +46,6 @@ METHODS = {
 }
 ADAPTERS = ("dmd2_adapters", "self_forcing_adapters")
 CRITICAL = ("dmd2", "self_forcing", "self_forcing_windowed", *ADAPTERS)
-# SGD: Adam divides by the gradient's size and would blow rounding up where that is nearly zero.
-SGD = {"_target_": "torch.optim.SGD", "learning_rate": 0.5, "betas": None, "eps": None, "weight_decay": 0.0}
-CHECKPOINTING = {"training.model.gradient_checkpointing": True}
 ACCUMULATING = {"training.data.train_batch_size": 1, "training.loop.gradient_accumulation_steps": 2}
 SHARED = {"training.distributed.context_parallel_degree": 2}
 FP32 = {"training.distributed.mixed_precision": "no"}
@@ -69,17 +55,6 @@ def teacher(placement):
     return {"models.teacher.placement": placement}
 
 
-@dataclass(frozen=True)
-class Run:
-    """A method in a mode: a file of `configs/accelerate`, and what differs in the run's own config."""
-
-    method: str
-    mode: str
-    overrides: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-DDP, FSDP2, OFFLOAD, HSDP = "cpu_2proc", "cpu_2proc_fsdp2", "fsdp2_offload_8gpu", "cpu_4proc_hsdp"
 EQUAL = {
     **{f"{method}-ddp": Run(method, DDP) for method in METHODS if method != "self_forcing_windowed"},
     **{f"{method}-fsdp2": Run(method, FSDP2) for method in METHODS},
@@ -130,14 +105,6 @@ EQUAL_ON_FOUR = {
 CLOSE_ON_FOUR = {"dmd2-hsdp-bf16": Run("dmd2", HSDP, {"training.distributed.mixed_precision": "bf16"})}
 
 
-def environment_of(mode):
-    """What `accelerate launch` would set for a file of `configs/accelerate`."""
-    words = ["--config_file", str(CONFIGS / f"{mode}.yaml"), "script.py"]
-    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
-    prefixes = ("ACCELERATE_", "FSDP_", "PARALLELISM_")
-    return {key: value for key, value in prepare_multi_gpu_env(args).items() if key.startswith(prefixes)}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("parallel")
@@ -182,38 +149,6 @@ def one_process(configs, folder):
         return made[method]
 
     return reference
-
-
-def launch(num_processes, runs, configs, folder):
-    """Make all `runs`; what `parallel_runs` found out, by name."""
-    specs = []
-    for name, run in runs.items():
-        degree = run.overrides.get("training.distributed.context_parallel_degree", 1)
-        overrides = {"training.data.train_batch_size": max(1, GLOBAL_BATCH * degree // num_processes)}
-        if run.method.startswith("kd"):
-            # Made anew, so that the processes' share of the paths is tested too.
-            overrides["method.teacher_path_cache"] = str(folder / f"{name}-paths")
-        overrides |= {"training.output_dir": str(folder / name), **run.overrides}
-        specs.append(
-            {
-                "name": name,
-                "config": str(write_config(configs[run.method], folder / f"{name}.yaml")),
-                "overrides": overrides,
-                "environment": environment_of(run.mode) | run.environment,
-            }
-        )
-    given, found = folder / f"runs-{num_processes}.json", folder / f"found-{num_processes}.json"
-    given.write_text(json.dumps(specs))
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes))
-    result = subprocess.run(
-        [sys.executable, "-m", *launcher, str(RUNNER), str(given), str(found)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-4000:]
-    return json.loads(found.read_text()) | {"printed": result.stdout}
 
 
 @pytest.fixture(scope="module")

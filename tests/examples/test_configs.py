@@ -82,7 +82,7 @@ def test_config_is_valid(path):
     options = OPTIONS_BY_TARGET[config.method.target].model_validate(config.method.options)
     for role, model in config.models.items():
         local = model.init_from.startswith("examples/")
-        known = model.init_from in published_models() or model.init_from in {*EXPORTS, *OTHER_FAMILIES}
+        known = _is_known(model.init_from) or model.init_from in {*EXPORTS, *OTHER_FAMILIES}
         assert (ROOT / model.init_from / "model_index.json").is_file() if local else known, role
     data_path = config.training.data.data_path
     assert isinstance(data_path, str)
@@ -98,6 +98,12 @@ def test_config_is_valid(path):
         scheduler = few_step_scheduler(sigmas, sample_type=options.student_sample_type)
         scheduler.set_timesteps(len(sigmas))
         assert scheduler.sigmas.tolist() == pytest.approx([*sigmas, 0.0], abs=1e-5)
+
+
+def _is_known(init_from: str) -> bool:
+    """On the Hub, or what a file's head says is to be downloaded from there."""
+    names = published_models()
+    return init_from in names or init_from in {f"models/{name.split('/')[1]}" for name in names}
 
 
 def test_every_kind_of_config_is_there():

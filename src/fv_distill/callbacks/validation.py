@@ -17,8 +17,15 @@ from torch import nn
 from fv_distill.config.instantiate import resolve_target
 from fv_distill.config.validation import unknown_key
 from fv_distill.console import console
-from fv_distill.export.call_arguments import needs_image, pipeline_of, takes_image, training_call_arguments
-from fv_distill.export.scheduler import few_step_scheduler
+from fv_distill.export.call_arguments import (
+    needs_image,
+    pipeline_of,
+    takes_image,
+    training_call_arguments,
+    training_clip_size,
+)
+from fv_distill.export.guider import set_guider
+from fv_distill.export.scheduler import few_step_scheduler_for
 from fv_distill.generation import DEFAULT_GUIDANCE, even_sigmas, stream_clip
 from fv_distill.models.base import CausalModelBase
 from fv_distill.models.conditioning import Conditioning
@@ -107,6 +114,7 @@ class ValidationCallback(Callback):
         self.fps = fps
         self.seed = seed
         self._encoded: Conditioning | None = None
+        self._guider_scale: float | None = None
 
     def on_train_start(self, trainer: "Trainer") -> None:
         """Complete the pipeline's arguments, say where videos go, and fail now if the student can't be sampled."""
@@ -121,10 +129,15 @@ class ValidationCallback(Callback):
         if isinstance(trainer.models["student"], CausalModelBase):
             self._check_streaming()
         elif self.sigmas is not None:
-            few_step_scheduler(self.sigmas, sample_type=trainer.method.sample_type)
+            few_step_scheduler_for(
+                trainer.models["student"].directory, self.sigmas, sample_type=trainer.method.sample_type
+            )
         if self.output_dir is None:
             self.output_dir = Path(trainer.config.training.output_dir) / "validation"
         self.call = {key: value for key, value in self._defaults(trainer).items() if self._takes(key)} | self.call
+        if not self._takes("guidance_scale"):
+            # Such a pipeline's guidance is a component of it.
+            self._guider_scale = self.call.pop("guidance_scale", None if self.sigmas is None else 1.0)
         self._check_images(trainer)
         if trainer.accelerator.is_main_process and best_suffix() == ".gif":
             console.print("validation writes .gif files; for .mp4 install fv_distill[video]", highlight=False)
@@ -167,8 +180,8 @@ class ValidationCallback(Callback):
     def _defaults(self, trainer: "Trainer") -> dict[str, Any]:
         student, data = trainer.models["student"], trainer.config.training.data
         training = training_call_arguments(student.directory, trainer.latent_shape, text_length=data.text_length)
-        few_step = {} if self.sigmas is None else {"guidance_scale": 1.0}
-        return {**training, **few_step, "negative_prompt": student.negative_prompt}
+        guidance = student.sampling_arguments(None if self.sigmas is None else 1.0)
+        return {**training, **guidance, "negative_prompt": student.negative_prompt}
 
     def _images(self, rows: Sequence[Prompt], target: str, dataset_file: str) -> list[Path | None]:
         """The first frame of each prompt, where the pipeline takes one."""
@@ -210,7 +223,11 @@ class ValidationCallback(Callback):
         if settings := {key: value for key, value in student.pipeline_config.items() if not key.startswith("_")}:
             pipeline.register_to_config(**settings)
         if self.sigmas is not None:
-            pipeline.scheduler = few_step_scheduler(self.sigmas, sample_type=trainer.method.sample_type)
+            pipeline.scheduler = few_step_scheduler_for(
+                student.directory, self.sigmas, sample_type=trainer.method.sample_type
+            )
+        if self._guider_scale is not None:
+            set_guider(pipeline, self._guider_scale)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.to(device)
@@ -241,7 +258,8 @@ class ValidationCallback(Callback):
         # The first argument of a pipeline that takes an image is the image.
         shown: dict[str, Any] = {"prompt": self.prompts[index]}
         if path is not None:
-            shown["image"] = load_first_frame(path, self.call["width"], self.call["height"])
+            width, height = training_clip_size(trainer.models["student"].directory, trainer.latent_shape)
+            shown["image"] = load_first_frame(path, self.call.get("width", width), self.call.get("height", height))
         result = pipeline(
             **shown,
             num_inference_steps=steps,

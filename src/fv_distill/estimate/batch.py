@@ -1,13 +1,23 @@
 """A micro-batch on the meta device, as the loader would make it."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fv_distill.rollouts.ode import STATES, TIMESTEPS
 
 if TYPE_CHECKING:
     from .estimate import Clip
+
+
+def meta_conditions(shapes: Mapping[str, Sequence[int]], batch_size: int) -> dict[str, Tensor]:
+    """The data columns beside text of these shapes (`ModelBase.condition_shapes`), on the meta device."""
+    return {
+        name: torch.empty(batch_size, *shape, device="meta", dtype=torch.bool if "mask" in name else torch.float32)
+        for name, shape in shapes.items()
+    }
 
 
 def make_meta_batch(clip: "Clip") -> dict[str, Any]:
@@ -19,7 +29,7 @@ def make_meta_batch(clip: "Clip") -> dict[str, Any]:
         "latent_shape": clip.latents,
         "sample_index": list(range(size)),
         "num_bad_rows": 0,
-        **{name: torch.empty(size, *shape, device="meta") for name, shape in clip.conditions.items()},
+        **meta_conditions(clip.conditions, size),
     }
     if clip.trajectories is None:
         return batch | {"vae_latent": torch.empty(size, *clip.latents, device="meta")}

@@ -12,13 +12,22 @@ SHALLOW, DEEPER = 2, 4
 
 def find_blocks(network: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """The one list of equal blocks in a network and its attribute; None where there is none, or several."""
+    lists = _block_lists(network)
+    return lists[0] if len(lists) == 1 else None
+
+
+def all_blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of all such lists; some networks have two, of blocks of two kinds."""
+    return [block for _, blocks in _block_lists(network) for block in blocks]
+
+
+def _block_lists(network: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     names = split_classes(network)
-    lists = [
+    return [
         (name, child)
         for name, child in network.named_children()
         if isinstance(child, nn.ModuleList) and len(child) and all(type(block).__name__ in names for block in child)
     ]
-    return lists[0] if len(lists) == 1 else None
 
 
 def split_classes(network: Any) -> set[str]:

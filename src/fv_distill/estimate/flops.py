@@ -20,6 +20,7 @@ from fv_distill.models.base import CausalModelBase, ModelBase
 from fv_distill.models.conditioning import Conditioning
 from fv_distill.models.transformers.block_causal import visible_history
 
+from .batch import meta_conditions
 from .depth import DEEPER, SHALLOW, can_be_cut, cut_to, extrapolate, find_blocks
 from .layout import Layout
 from .meta_execution import MASKED_ATTENTION, MetaExecution
@@ -157,9 +158,11 @@ def _make_inputs(model: ModelBase, call: NetworkCall, shape: ClipShape, start_fr
     channels, frames, height, width = shape.latents
     dtype = model.dtype
     text = torch.empty(shape.batch_size, *shape.text, device="meta", dtype=dtype)
-    conditions = model.condition_shapes(shape.latents).items()
-    extras = {name: torch.empty(shape.batch_size, *size, device="meta") for name, size in conditions}
-    conditioning = Conditioning(text, torch.ones(text.shape[:2], dtype=torch.bool, device="meta"), extras)
+    conditioning = Conditioning(
+        text,
+        torch.ones(text.shape[:2], dtype=torch.bool, device="meta"),
+        meta_conditions(model.condition_shapes(shape.latents), shape.batch_size),
+    )
     cache = None
     if call.span == "chunk":
         assert isinstance(model, CausalModelBase)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fv_distill.models.base import ModelBase
 
-from .depth import find_blocks
+from .depth import all_blocks
 from .layout import Layout, Placement
 
 
@@ -52,8 +52,7 @@ def measure_role(role: str, model: ModelBase, layout: Layout, placement: Placeme
     trained = trained_parameters(model)
     held = trained if model.is_on_base else _with_own_adapter(model)
     count = sum(parameter.numel() for parameter in held)
-    found = None if model.is_on_base else find_blocks(network)
-    blocks = [_count(block) for block in found[1]] if found is not None else []
+    blocks = [] if model.is_on_base else [_count(block) for block in all_blocks(network)]
     # Accelerate upcasts what is trained under mixed precision (FSDP2); the config loads it in float32 anyway.
     is_upcast = model.trainable and model.adapter is None and layout.mixed_precision == "bf16"
     dtype = torch.float32 if is_upcast else model.dtype

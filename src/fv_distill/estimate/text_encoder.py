@@ -31,4 +31,6 @@ def measure_text_encoder(directory: Path) -> TextEncoderSize:
     config = transformers.AutoConfig.from_pretrained(directory / "text_encoder")
     with torch.device("meta"):
         encoder = getattr(transformers, class_name)(config)
-    return TextEncoderSize(sum(parameter.numel() for parameter in encoder.parameters()), int(config.hidden_size))
+    return TextEncoderSize(
+        sum(parameter.numel() for parameter in encoder.parameters()), int(config.get_text_config().hidden_size)
+    )

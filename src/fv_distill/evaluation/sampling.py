@@ -16,7 +16,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from fv_distill.export.scheduler import few_step_scheduler
+from fv_distill.export.scheduler import few_step_scheduler_for
 from fv_distill.generation import VideoStreamer, even_sigmas, to_uint8
 from fv_distill.models.pipeline_index import pipeline_class
 from fv_distill.rng import derive_seed, generator_for
@@ -216,7 +216,7 @@ def _even_scheduler(way: Way, scheduler: Any) -> Any:
     if config.use_dynamic_shifting or config.stochastic_sampling:
         return scheduler
     assert way.steps is not None
-    return few_step_scheduler(even_sigmas(way.steps, config.shift), sample_type="ode")
+    return few_step_scheduler_for(way.directory, even_sigmas(way.steps, config.shift), sample_type="ode")
 
 
 def _keep_last(kept: list[Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

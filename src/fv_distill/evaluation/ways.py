@@ -86,7 +86,9 @@ def make_way(name: str, directory: Path, *, steps: int | None, guidance: float |
         trained = len(info["sigmas"])
         if steps not in (None, trained):
             raise ValueError(f"{option}={steps}, but {directory} was distilled to {trained} steps; leave it out")
-        steps, guidance = trained, 1.0 if guidance is None else guidance
+        # What a student was exported with; a pipeline whose guidance is a component of its own takes none.
+        guidance = info["call"].get("guidance_scale") if guidance is None else guidance
+        steps = trained
     causal = bool(info.get("causal"))
     pipeline = None if causal else pipeline_of(directory)
     if pipeline is not None and needs_image(pipeline):

@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = attach(
         "hub": ["HubError", "push_checkpoint", "push_directory"],
         "lora_file": ["LoraWeights", "export_lora_directory", "merge_lora", "write_comfyui_lora"],
         "model_card": ["refresh_model_card", "write_model_card"],
-        "scheduler": ["few_step_scheduler"],
+        "scheduler": ["few_step_scheduler", "few_step_scheduler_for"],
         "student_info": ["StudentInfo"],
         "wan_checkpoint": ["OriginalCheckpoint", "read_original_checkpoint"],
         "wan_keys": ["convert_state_dict", "convert_state_dict_to_original"],

@@ -7,7 +7,7 @@ from typing import Any
 
 from fv_distill.models.conditioning import ACTION_COLUMNS
 from fv_distill.models.pipeline_index import find_pipeline, read_index
-from fv_distill.models.pretrained import load_component_config
+from fv_distill.models.pretrained import read_vae_factors
 
 
 def training_call_arguments(directory: Path, latent_shape: Sequence[int], *, text_length: int) -> dict[str, int]:
@@ -18,17 +18,24 @@ def training_call_arguments(directory: Path, latent_shape: Sequence[int], *, tex
         latent_shape: `[C, T, H, W]` that was trained on.
         text_length: tokens that the prompts were padded to.
     """
-    vae = load_component_config(directory, "vae")
+    factor, spatial_factor = read_vae_factors(directory)
     _, frames, height, width = latent_shape
-    factor = vae["scale_factor_temporal"]
-    text = {"max_sequence_length": text_length} if takes_prompt(pipeline_of(directory)) else {}
-    return {
-        "height": height * vae["scale_factor_spatial"],
-        "width": width * vae["scale_factor_spatial"],
+    call = {
+        "height": height * spatial_factor,
+        "width": width * spatial_factor,
         # The pipeline rounds to 4k + 1 by rounding down and adding 1, which without temporal folding is one too many.
         "num_frames": (frames - 1) * factor + (1 if factor > 1 else 0),
-        **text,
+        "max_sequence_length": text_length,
     }
+    kind = pipeline_of(directory)
+    accepted = None if kind is None else inspect.signature(kind.__call__).parameters
+    return {key: value for key, value in call.items() if accepted is None or key in accepted}
+
+
+def training_clip_size(directory: Path, latent_shape: Sequence[int]) -> tuple[int, int]:
+    """Width and height of the training clips, whose latents have the shape `[C, T, H, W]`."""
+    _, factor = read_vae_factors(directory)
+    return latent_shape[3] * factor, latent_shape[2] * factor
 
 
 def takes_prompt(pipeline_class: Any) -> bool:

@@ -18,7 +18,7 @@ from fv_distill.models.pretrained import parse_dtype, resolve_directory
 from .call_arguments import needs_image, pipeline_of, taken_actions, takes_prompt, training_call_arguments
 from .checkpoint_weights import load_role_weights, read_checkpoint_metadata
 from .diffusers_dir import build_transformer, export_diffusers_directory
-from .lora_file import LoraWeights, export_lora_directory, merge_lora, write_comfyui_lora
+from .lora_file import LoraWeights, export_lora_directory, loads_lora, merge_lora, write_comfyui_lora
 from .original_names import to_original_names
 from .run_record import RunFiles, find_run, training_record
 from .student_info import StudentInfo
@@ -85,6 +85,8 @@ def convert(
             metadata["latent_shape"],
             text_length=metadata["config"]["training"]["data"]["text_length"],
         ),
+        # Checkpoints of earlier versions don't tell; they are Wan's.
+        guidance=metadata.get("sampling") if role == "student" else None,
         versions=metadata["versions"],
         hub_model_id=pipeline["hub_model_id"] if pipeline["push_to_hub"] else None,
         pipeline=own_pipeline(resolve_directory(base_model), network["pipeline_config"]),
@@ -100,7 +102,8 @@ def convert(
     spec = metadata["lora"].get(role)
     lora = None if spec is None else LoraWeights(weights, LoraSpec(**spec))
     if export_format is None:
-        export_format = "lora" if lora is not None and info.causal is None else "diffusers"
+        as_lora = lora is not None and info.causal is None and loads_lora(pipeline_class)
+        export_format = "lora" if as_lora else "diffusers"
     output, run = Path(output_dir), run or find_run(Path(checkpoint), metadata["config"])
     return _write(output, weights, lora, info, export_format, dtype=dtype, overwrite=overwrite, run=run)
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fv_distill.models.pipeline_index import component_class, indexed, network_folder
 from fv_distill.models.pretrained import check_weights_fit, resolve_directory
 
+from .guider import switch_guider_off
 from .model_card import write_model_card
 from .run_record import RECORD_FILES, RunFiles, copy_run_assets
-from .scheduler import few_step_scheduler
+from .scheduler import few_step_scheduler_for
 from .student_info import INFO_FILE, StudentInfo, write_info
 
 
@@ -51,13 +52,14 @@ def export_diffusers_directory(
     check_output(output_dir, base, overwrite=overwrite)
     scheduler: Any = None
     if info.sigmas is not None and info.causal is None:
-        scheduler = few_step_scheduler(info.sigmas, sample_type=info.sample_type)
+        scheduler = few_step_scheduler_for(base, info.sigmas, sample_type=info.sample_type)
     transformer = build_transformer(base, weights, dtype=dtype, component=info.component)
     skipped = [] if scheduler is None else ["scheduler"]
     with pipeline_directory(output_dir, base, transformer, component=info.component, skipped=skipped) as partial:
         entries = dict(info.pipeline_config)
         if scheduler is not None:
             scheduler.save_pretrained(partial / "scheduler")
+            switch_guider_off(partial)
             entries["scheduler"] = ["diffusers", type(scheduler).__name__]
         if entries:
             _set_index_entries(partial / "model_index.json", entries)

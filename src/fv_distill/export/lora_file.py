@@ -15,7 +15,7 @@ from fv_distill.models.pretrained import resolve_directory
 from .diffusers_dir import check_output, replaced_directory
 from .model_card import write_model_card
 from .run_record import RunFiles, copy_run_assets
-from .scheduler import few_step_scheduler
+from .scheduler import few_step_scheduler_for
 from .student_info import StudentInfo, write_info
 from .wan_keys import to_original_key
 from .weights_file import check_output_file, write_weights_file
@@ -70,7 +70,7 @@ def export_lora_directory(
             transformer_lora_adapter_metadata=_peft_metadata(lora.spec),
         )
         if info.sigmas is not None and info.causal is None:
-            scheduler: Any = few_step_scheduler(info.sigmas, sample_type=info.sample_type)
+            scheduler: Any = few_step_scheduler_for(base, info.sigmas, sample_type=info.sample_type)
             scheduler.save_pretrained(partial / "scheduler")
         info = replace(info, lora_weights=DIFFUSERS_FILE, lora=asdict(lora.spec))
         write_info(partial, info)
@@ -143,8 +143,13 @@ def _peft_metadata(spec: LoraSpec) -> dict[str, Any]:
     return {**{key: config[key] for key in kept}, "target_modules": sorted(spec.target_modules)}
 
 
+def loads_lora(pipeline_class: Any) -> bool:
+    """Whether a diffusers pipeline, or None for one that diffusers lacks, has `load_lora_weights`."""
+    return hasattr(pipeline_class, "save_lora_weights")
+
+
 def _pipeline_class(base: Path, pipeline_config: Mapping[str, Any]) -> Any:
     kind = pipeline_class(base, pipeline_config)
-    if not hasattr(kind, "save_lora_weights"):
+    if not loads_lora(kind):
         raise ValueError(f"{kind.__name__} loads no LoRA; export with --format merged")
     return kind

@@ -57,7 +57,8 @@ def sampling_snippet(info: StudentInfo, *, name: str) -> str:
 
 
 def _image_line(info: StudentInfo) -> str:
-    size = f"({info.call['width']}, {info.call['height']})"
+    # A pipeline that takes no size makes clips of the image's shape, in a size of its own.
+    size = f"({info.call.get('width', 832)}, {info.call.get('height', 480)})"
     return f'image = Image.new("RGB", {size}, "gray")  # or your own: Image.open("first_frame.png")'
 
 

@@ -21,6 +21,7 @@ class StudentInfo:
         step: optimisation steps of the training run.
         averaged: whether these are EMA weights.
         call: further arguments of the pipeline's call: size, frames, text length.
+        guidance: its arguments for the student's guidance; None is `guidance_scale=1` for a few-step student.
         versions: of the libraries that trained it.
         hub_model_id: where the export is going to be uploaded; the card's snippet then loads it from there.
         training: what the run was like, in the card's order; see `fv_distill.export.run_record.training_record`.
@@ -42,6 +43,7 @@ class StudentInfo:
     step: int = 0
     averaged: bool = False
     call: dict[str, Any] = field(default_factory=dict)
+    guidance: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     hub_model_id: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
@@ -57,8 +59,11 @@ class StudentInfo:
     @property
     def pipeline_call(self) -> dict[str, Any]:
         """All arguments of the pipeline's call but the prompt; few-step students have a step count and no guidance."""
-        few_step = {} if self.sigmas is None else {"num_inference_steps": len(self.sigmas), "guidance_scale": 1.0}
-        return {**self.call, **few_step}
+        few_step = {} if self.sigmas is None else {"num_inference_steps": len(self.sigmas)}
+        guidance = self.guidance
+        if guidance is None:
+            guidance = {} if self.sigmas is None else {"guidance_scale": 1.0}
+        return {**self.call, **few_step, **guidance}
 
 
 def write_info(directory: Path, info: StudentInfo) -> None:

@@ -110,8 +110,14 @@ class TrainingMethod(ABC):
             f"{type(self).__name__} does not say which networks it calls; define its network_calls(step, num_frames)"
         )
 
-    def encode_prompts(self) -> None:  # noqa: B027
-        """Encode what the method needs from text encoders before the first step; does nothing by default."""
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts beside the data's captions that the student has to have embeddings of; none by default."""
+        return ()
+
+    def encode_prompts(self) -> None:
+        """Encode what the method needs from text encoders before the first step: `prompts`, unless overridden."""
+        for prompt in self.prompts():
+            self.models["student"].prompt_conditioning(prompt)
 
     def _check_roles(self) -> None:
         name = type(self).__name__

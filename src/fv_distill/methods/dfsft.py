@@ -36,6 +36,12 @@ class DiffusionForcingSFTMethod(TrainingMethod):
         self.options = options if isinstance(options, DiffusionForcingSFTOptions) else DiffusionForcingSFTOptions()
         self.student = self.models["student"]
         self.chunk_size = self.options.chunk_size
+        if not self.student.takes_sigma_per_frame:
+            raise ValueError(
+                "DiffusionForcingSFTMethod gives every chunk a noise level of its own, but "
+                f"{type(self.student).__name__} has one time embedding for the whole clip; use FineTuneMethod, or a "
+                "family that takes one per frame"
+            )
         if isinstance(self.student, CausalModelBase):
             if self.chunk_size % self.student.chunk_size:
                 raise ValueError(
@@ -58,9 +64,9 @@ class DiffusionForcingSFTMethod(TrainingMethod):
             NetworkCall("student", grad=True, span="clip_after_history" if self.options.teacher_forcing else "clip"),
         )
 
-    def encode_prompts(self) -> None:
-        """Encode the empty prompt, which caption dropout puts in."""
-        self.student.prompt_conditioning("")
+    def prompts(self) -> tuple[str, ...]:
+        """The empty prompt, where caption dropout puts it in."""
+        return ("",) if self.student.drops_captions else ()
 
     def losses(self, role: str, batch: Mapping[str, Any], rng: SampleRng) -> Iterable[LossTerm]:
         """One weighted flow-matching term."""

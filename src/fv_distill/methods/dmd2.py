@@ -50,17 +50,17 @@ class DMD2Method(TrainingMethod):
         self._exits = self._own_steps()
         cfg = self.options.cfg_uncond
         self._policy = UncondPolicy(text=cfg.text, image=cfg.image or "keep", action=cfg.action or "keep")
-        if self._uses_guidance and cfg.text == "drop" and "text" in self.teacher.required_channels:
-            raise ValueError(
-                f"method.cfg_uncond.text: drop, but {type(self.teacher).__name__} can't run without text; "
-                "use negative_prompt or zero"
-            )
         if self._uses_guidance and not self.teacher.reads_text and self._policy.image == self._policy.action == "keep":
             raise ValueError(
                 f"method.real_score_guidance_scale={self.options.real_score_guidance_scale:g}, but "
                 f"{type(self.teacher).__name__} reads no text and method.cfg_uncond keeps image and actions: both "
                 "passes would be the same; set method.cfg_uncond.action or .image to zero or drop, or the scale to 1"
             )
+        if self._uses_guidance:
+            try:
+                self.teacher.check_unconditional_text(cfg.text)
+            except ValueError as error:
+                raise ValueError(f"method.cfg_uncond.text: {error}") from error
         # The student's rollout on its way to the critic's loss of the same step, by the micro-batch's first sample.
         self._rollouts: dict[tuple[int, int], Tensor] = {}
 
@@ -163,11 +163,11 @@ class DMD2Method(TrainingMethod):
         }
         return {key: value for key, value in own.items() if value is not None}
 
-    def encode_prompts(self) -> None:
-        """Encode the negative prompt that guidance needs, and the empty one that caption dropout puts in."""
-        self.student.prompt_conditioning("")
-        if self._uses_guidance and self._policy.text == "negative_prompt":
-            self.student.negative_conditioning()
+    def prompts(self) -> tuple[str, ...]:
+        """The empty prompt, where caption dropout puts it in, and the negative one that guidance needs."""
+        needs_negative = self._uses_guidance and self._policy.text == "negative_prompt"
+        empty = ("",) if self.student.drops_captions else ()
+        return (*empty, self.student.negative_prompt) if needs_negative else empty
 
     def losses(self, role: str, batch: Mapping[str, Any], rng: SampleRng) -> Iterable[LossTerm]:
         """The DMD loss for the student, flow matching on the student's samples for the critic."""

@@ -50,9 +50,9 @@ class KDMethod(TrainingMethod):
         """One call of the student; the teacher's were made with the paths."""
         return (NetworkCall("student", grad=True),)
 
-    def encode_prompts(self) -> None:
-        """Encode the empty prompt, which caption dropout puts in."""
-        self.student.prompt_conditioning("")
+    def prompts(self) -> tuple[str, ...]:
+        """The empty prompt, where caption dropout puts it in."""
+        return ("",) if self.student.drops_captions else ()
 
     def losses(self, role: str, batch: Mapping[str, Any], rng: SampleRng) -> Iterable[LossTerm]:
         """One regression term."""

@@ -7,6 +7,9 @@ __getattr__, __dir__, __all__ = attach(
     {
         "base": ["CausalModelBase", "ModelBase"],
         "conditioning": ["Conditioning", "PreparedBatch", "UncondPolicy", "unconditional"],
+        "cosmos": ["CosmosModel"],
+        "hunyuan": ["HunyuanVideoModel"],
+        "hunyuan15": ["HunyuanVideo15Model"],
         "kandinsky5": ["Kandinsky5Model"],
         "kv_cache": ["KVCache"],
         "longcat": ["LongCatVideoModel"],

@@ -49,6 +49,16 @@ class ModelBase(RoleNetwork, ABC):
     required_channels: ClassVar[tuple[str, ...]] = ("text",)
     # Whether the network reads text at all; where none does, rows need hold none.
     reads_text: ClassVar[bool] = True
+    # Whether `predict_velocity` takes sigma `[B, T]`, a noise level per latent frame.
+    takes_sigma_per_frame: ClassVar[bool] = True
+    # Whether the network embeds time in its timestep's type, which then has to be that of its weights.
+    embeds_time_in_own_dtype: ClassVar[bool] = False
+    # Whether parts of the network hand float32 to layers of its own type, which FSDP2's cast weights don't take.
+    mixes_types: ClassVar[bool] = False
+    # Whether some of the network's weights have no part in its output, so that no gradient ever reaches them.
+    has_unused_parameters: ClassVar[bool] = False
+    # Whether the network can be called with shapes alone, as `fv-distill estimate` does.
+    runs_on_meta: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -67,6 +77,8 @@ class ModelBase(RoleNetwork, ABC):
         self.flow_shift = flow_shift
         self.negative_prompt = negative_prompt
         self.text_length = text_length
+        # Whether batches come with captions dropped, in whose place the empty prompt goes.
+        self.drops_captions = True
         self._prompts: dict[str, Conditioning] = {}
 
     @classmethod
@@ -193,6 +205,22 @@ class ModelBase(RoleNetwork, ABC):
         A family that can, overrides this; its network has to have diffusers' `enable_parallelism`.
         """
         raise ValueError(f"{type(self).__name__} can't share a clip's tokens between processes")
+
+    def check_unconditional_text(self, policy: str) -> None:
+        """Raise a `ValueError` unless guidance's unconditional pass can have such a text; see `UncondPolicy.text`."""
+        if policy == "drop" and "text" in self.required_channels:
+            raise ValueError(f"drop, but {type(self).__name__} can't run without text; use negative_prompt or zero")
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise a `ValueError` that names the fix if `encode_prompts` can't encode one of these; loads nothing."""
+
+    def sampling_arguments(self, guidance_scale: float | None) -> dict[str, Any]:
+        """Guidance of this scale as arguments of the family's diffusers pipeline; None is the pipeline's own."""
+        return {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+
+    def text_width(self, encoder_width: int) -> int:
+        """The width of text embeddings that a text encoder of hidden size `encoder_width` makes for this family."""
+        return encoder_width
 
     # What follows from it
 

@@ -3,11 +3,18 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .conditioning import Conditioning
+
+
+def vae_without_weights(kind: Any, directory: Path) -> Any:
+    """A directory's VAE on the meta device, for pipelines that can't be made without one and only read its config."""
+    with torch.device("meta"):
+        return kind.from_config(kind.load_config(directory, subfolder="vae"))
 
 
 class Encoders(ABC):

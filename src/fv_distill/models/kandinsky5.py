@@ -12,38 +12,35 @@ from .base import ModelBase
 from .conditioning import Conditioning
 from .kandinsky5_encoders import Kandinsky5Encoders
 from .latent_checks import check_clip_shape
-from .pipeline_index import read_index
-from .pretrained import load_component_config
+from .pretrained import load_component_config, read_pipeline_class, read_vae_factors
 
-_POOLED = "pooled_text_embedding"
-_ATTENTION = ("to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer")
+_ATTENTION = ("to_query", "to_key", "to_value", *(f"{kind}_attention.out_layer" for kind in ("self", "cross")))
 _FEED_FORWARD = ("feed_forward.in_layer", "feed_forward.out_layer")
-_MODULATION = ("modulation.out_layer", "text_modulation.out_layer", "visual_modulation.out_layer")
-_EMBEDDERS = ("time_embeddings.in_layer", "time_embeddings.out_layer", "text_embeddings.in_layer")
-# Positions in space are scaled by the resolution: `Kandinsky5T2VPipeline` knows two kinds.
-_SIDES_480P = range(480, 855)
-_SCALE_480P, _SCALE_LARGE = 2.0, 3.16
 
 
 class Kandinsky5Model(ModelBase):
-    """The network's output is the velocity and its timestep is 1000 sigma; its latents have their channels last.
+    """The network's output is the velocity, its timestep 1000 sigma, and its tensors have their channels last.
 
-    It takes no mask of the text, so that clips are run one by one, each with its own tokens.
+    It attends to all text that it is given: every sample is called by itself, with its own tokens and no padding.
 
     The arguments are those of `ModelBase`; use `Kandinsky5Model.from_pretrained` for a diffusers directory.
     """
 
     network_class = Kandinsky5Transformer3DModel
     encoders_class = Kandinsky5Encoders
-    required_columns = (_POOLED,)
     takes_sigma_per_frame = False
+    mixes_types = True
+    # The number of a text's tokens is a value of its mask.
+    runs_on_meta = False
     lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": _ATTENTION,
         "all": (*_ATTENTION, *_FEED_FORWARD),
-        # With the embedders of time, text and latents, the modulation and the output.
+        # With the embedders of clip, text and time, the modulation and the output.
         "linear": (
-            *(*_ATTENTION, *_FEED_FORWARD, *_MODULATION, *_EMBEDDERS),
-            *("pooled_text_embeddings.in_layer", "visual_embeddings.in_layer", "out_layer.out_layer"),
+            *(*_ATTENTION, *_FEED_FORWARD),
+            *(f"{kind}_embeddings.in_layer" for kind in ("time", "text", "pooled_text", "visual")),
+            *("time_embeddings.out_layer", "text_modulation.out_layer", "visual_modulation.out_layer"),
+            *("out_layer.modulation.out_layer", "out_layer.out_layer"),
         ),
     }
 
@@ -51,58 +48,63 @@ class Kandinsky5Model(ModelBase):
         super().__init__(transformer, directory=directory, **kwargs)
         network = cast(Any, transformer)
         self.network_config = network.config
-        # diffusers lists the blocks for compilation only; sharding looks for them here.
-        network._no_split_modules = list(network._repeated_blocks)
-        vae = load_component_config(self.directory, "vae")
-        self.scaling_factor = float(vae["scaling_factor"])
-        self.temporal_factor = int(vae["temporal_compression_ratio"])
-        self.spatial_factor = int(vae["spatial_compression_ratio"])
+        # diffusers doesn't state what FSDP2 is to wrap; the whole network at once would defeat it.
+        network._no_split_modules = ["Kandinsky5TransformerEncoderBlock", "Kandinsky5TransformerDecoderBlock"]
+        self.temporal_factor, self.spatial_factor = read_vae_factors(self.directory)
+        self.scaling_factor = float(load_component_config(self.directory, "vae")["scaling_factor"])
 
     @classmethod
     def check_network(cls, network_config: Any, directory: Path) -> None:
         """See `ModelBase.check_network`."""
-        if network_config.attention_type != "regular":
-            raise ValueError(
-                f"{directory} has {network_config.attention_type} attention, which its 10 second models have: it is "
-                "sparse, and its kernel is not handled; use a 5 second model"
-            )
-        name = read_index(directory)["_class_name"]
+        name = read_pipeline_class(directory)
         if name != "Kandinsky5T2VPipeline":
-            raise ValueError(f"{directory} is a {name}; of Kandinsky 5 only text-to-video is handled")
+            raise ValueError(
+                f"{directory} is a {name}; of Kandinsky 5 only text-to-video (Kandinsky5T2VPipeline) is handled"
+            )
+        if network_config.attention_type == "nabla":
+            raise ValueError(
+                f"{directory} has attention_type: nabla, sparse attention for long clips, which is not handled; use a "
+                "checkpoint for 5 seconds"
+            )
 
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelBase.predict_velocity`; sigma is `[B]`, as the network has one time embedding per clip."""
+        assert conditioning.text is not None, "Kandinsky has no network without text; see required_channels"
+        assert conditioning.text_mask is not None, "the network has to be given real tokens only"
         assert sigma.ndim == 1, "one noise level per clip; see takes_sigma_per_frame"
-        # As many calls on every process, whatever the texts' lengths: a sharded network needs that.
-        rows = [self._run_clip(x_t[i : i + 1], sigma[i : i + 1], conditioning.row(i)) for i in range(len(x_t))]
+        lengths = conditioning.text_mask.sum(dim=1).tolist()
+        rows = [
+            self._predict(x_t[row : row + 1], sigma[row : row + 1], conditioning.row(row), length)
+            for row, length in enumerate(lengths)
+        ]
         return torch.cat(rows)
 
-    def _run_clip(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        assert conditioning.text is not None, "Kandinsky 5 has no network without text; see required_channels"
-        text = conditioning.text if conditioning.text_mask is None else conditioning.text[conditioning.text_mask][None]
-        _, _, frames, height, width = x_t.shape
-        latents = x_t.permute(0, 2, 3, 4, 1)
+    def _predict(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, num_tokens: int) -> Tensor:
+        """One sample's velocity."""
+        assert conditioning.text is not None, "the caller looked"
+        latents = x_t.movedim(1, -1)
         if self.network_config.visual_cond:
-            # Given frames and the mask of them: none in text-to-video.
-            latents = torch.cat([latents, torch.zeros_like(latents), torch.zeros_like(latents[..., :1])], dim=-1)
-        _, rows, columns = self.network_config.patch_size
-        positions = [torch.arange(count, device=x_t.device) for count in (frames, height // rows, width // columns)]
-        (velocity,) = self.call_network(
-            hidden_states=latents.to(self.dtype),
-            timestep=1000 * sigma.float(),
-            encoder_hidden_states=text.to(self.dtype),
-            pooled_projections=conditioning.extras[_POOLED].to(self.dtype),
-            visual_rope_pos=positions,
-            text_rope_pos=torch.arange(text.shape[1], device=x_t.device),
-            scale_factor=self._position_scale(height, width),
-            return_dict=True,
-        ).to_tuple()
-        return velocity.permute(0, 4, 1, 2, 3).float()
+            # An empty place for an image's latents and its mask, as the pipeline leaves it.
+            latents = torch.cat([latents, latents.new_zeros(*latents.shape[:-1], latents.shape[-1] + 1)], dim=-1)
+        patches = zip(x_t.shape[2:], self.network_config.patch_size, strict=True)
+        (velocity,) = (
+            self.call_network(
+                hidden_states=latents.to(self.dtype),
+                timestep=1000 * sigma.float(),
+                encoder_hidden_states=conditioning.text[:, :num_tokens].to(self.dtype),
+                pooled_projections=conditioning.extras["pooled_text_embedding"].to(self.dtype),
+                visual_rope_pos=[torch.arange(size // patch, device=x_t.device) for size, patch in patches],
+                text_rope_pos=torch.arange(num_tokens, device=x_t.device),
+                scale_factor=self._position_scale(x_t.shape[3:]),
+                return_dict=True,
+            ).sample,
+        )
+        return velocity.float().movedim(-1, 1)
 
-    def _position_scale(self, height: int, width: int) -> tuple[float, float, float]:
-        is_480p = all(size * self.spatial_factor in _SIDES_480P for size in (height, width))
-        scale = _SCALE_480P if is_480p else _SCALE_LARGE
-        return 1.0, scale, scale
+    def _position_scale(self, size: Sequence[int]) -> tuple[float, float, float]:
+        """By what positions are divided along T, H and W, as `Kandinsky5T2VPipeline` chooses it by the clip's size."""
+        is_480p = all(480 <= self.spatial_factor * length <= 854 for length in size)
+        return (1.0, 2.0, 2.0) if is_480p else (1.0, 3.16, 3.16)
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """`latents * scaling_factor` of the VAE, fp32."""
@@ -114,17 +116,13 @@ class Kandinsky5Model(ModelBase):
 
     def condition_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """See `ModelBase.condition_shapes`."""
-        return {_POOLED: (self.network_config.in_text_dim2,)}
-
-    def extra_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """See `ModelBase.extra_shapes`."""
-        return {_POOLED: (self.network_config.in_text_dim2,)}
+        return {"pooled_text_embedding": (self.network_config.in_text_dim2,)}
 
     def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
-        """See `ModelBase.check_latent_shape`."""
+        """See `ModelBase.check_latent_shape`: channels, patch divisibility and 4k + 1 frames."""
         check_clip_shape(
             shape,
-            channels=self.network_config.in_visual_dim,
+            channels=self.network_config.out_visual_dim,
             patch_size=self.network_config.patch_size,
             temporal_factor=self.temporal_factor,
             num_frames=num_frames,

@@ -13,7 +13,7 @@ from .encoders import Encoders
 
 
 class Kandinsky5Encoders(Encoders):
-    """See `Encoders`; Qwen's tokens are the text, CLIP's pooled vector is `pooled_text_embedding`."""
+    """See `Encoders`; Qwen2.5-VL's tokens are the text, CLIP's pooled vector is `pooled_text_embedding`."""
 
     @cached_property
     def text_pipeline(self) -> Any:
@@ -31,22 +31,15 @@ class Kandinsky5Encoders(Encoders):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """See `Encoders.encode_prompts`; template, cropping and the choice of a hidden layer are the pipeline's own.
-
-        Prompts are encoded one by one: in a batch the pipeline's encoder would see, and pass on, their padding.
-        """
-        texts, pooled = [], []
-        for prompt in prompts:
-            text, vector, _ = self.text_pipeline.encode_prompt(
-                [prompt], max_sequence_length=self.text_length, device=self.device
-            )
-            texts.append(text[0, : self.text_length].float())
-            pooled.append(vector.float())
-        padded = torch.zeros(len(texts), self.text_length, texts[0].shape[-1], device=self.device)
-        mask = torch.zeros(len(texts), self.text_length, dtype=torch.bool, device=self.device)
-        for row, text in enumerate(texts):
-            padded[row, : len(text)], mask[row, : len(text)] = text, True
-        return Conditioning(padded, mask, {"pooled_text_embedding": torch.cat(pooled)})
+        """See `Encoders.encode_prompts`; cleaning, template and cropping are the pipeline's own."""
+        text, pooled, ends = self.text_pipeline.encode_prompt(
+            list(prompts), max_sequence_length=self.text_length, device=self.device
+        )
+        mask = torch.arange(self.text_length, device=self.device) < ends.diff()[:, None]
+        # The pipeline pads to the longest of its prompts.
+        padded = torch.zeros(len(prompts), self.text_length, text.shape[-1], device=self.device)
+        padded[:, : text.shape[1]] = text.float()
+        return Conditioning(padded * mask[..., None], mask, {"pooled_text_embedding": pooled.float()})
 
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:

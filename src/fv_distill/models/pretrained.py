@@ -75,6 +75,28 @@ def load_component_config(directory: Path, component: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def read_pipeline_class(directory: Path) -> str:
+    """The name of the class that a pipeline directory says it is of."""
+    return read_model_index(directory)["_class_name"]
+
+
+def read_vae_factors(directory: Path) -> tuple[int, int]:
+    """Frames per latent frame, and pixels per latent along height and width, as the directory's VAE config tells them.
+
+    Raises:
+        FileNotFoundError: if the directory has no VAE.
+        ValueError: if its config names neither factor as diffusers' VAEs do.
+    """
+    config = load_component_config(directory, "vae")
+    for temporal, spatial in (
+        ("scale_factor_temporal", "scale_factor_spatial"),
+        ("temporal_compression_ratio", "spatial_compression_ratio"),
+    ):
+        if temporal in config and spatial in config:
+            return int(config[temporal]), int(config[spatial])
+    raise ValueError(f"{directory / 'vae' / 'config.json'} doesn't tell how much larger clips are than latents")
+
+
 def read_flow_shift(directory: Path) -> float:
     """The shift in a pipeline's scheduler config: `flow_shift` (UniPC) or `shift` (flow-match Euler).
 

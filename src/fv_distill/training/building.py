@@ -34,6 +34,8 @@ def build_models(config: RunConfig, roles: Sequence[str] | None = None) -> dict[
     for role, base in bases.items():
         if base is not None:
             loaded[role] = _model_on_base(config, role, loaded[base])
+    for model in loaded.values():
+        model.drops_captions = config.training.data.caption_dropout > 0
     for role in wanted:
         _add_lora(config, role, loaded[role])
     if PartialState().is_main_process:

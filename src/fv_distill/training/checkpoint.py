@@ -278,6 +278,8 @@ class CheckpointManager:
             },
             "lora": {name: asdict(lora) for name, role in trainer.roles.items() if (lora := role.model.lora)},
             "few_step": few_step,
+            # A few-step student is sampled without guidance, whatever that is called.
+            "sampling": {} if student is None else student.sampling_arguments(None if few_step is None else 1.0),
             "causal": self._streaming(),
             "networks": {
                 name: {"component": role.model.component, "pipeline_config": role.model.pipeline_config}

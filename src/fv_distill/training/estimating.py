@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from fv_distill.config.schema import RunConfig
 from fv_distill.console import console
 from fv_distill.data.parquet import ParquetDataset
+from fv_distill.estimate.batch import meta_conditions
 from fv_distill.estimate.estimate import Clip, Device, Estimate, make_estimate
 from fv_distill.estimate.layout import Layout, read_layout
 from fv_distill.estimate.parameters import trained_parameters
@@ -23,7 +24,7 @@ from fv_distill.hardware import peak_flops
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.methods.options import TrajectoryOptions
 from fv_distill.models.base import ModelBase
-from fv_distill.models.conditioning import Conditioning
+from fv_distill.models.conditioning import TEXT_COLUMNS, Conditioning
 from fv_distill.rollouts.ode import STATES
 
 from .optim import build_optimizer
@@ -99,11 +100,17 @@ def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:
         with torch.device("meta"):
             models = build_models(local)
         student = models["student"]
+        for role, model in models.items():
+            if not model.runs_on_meta:
+                raise ValueError(
+                    f"models.{role}: no estimate for a {type(model).__name__}, whose network looks at the values of "
+                    "its inputs and can't be called with shapes alone"
+                )
         encoder = measure_text_encoder(student.directory) if student.reads_text else NO_TEXT_ENCODER
-        text = (config.training.data.text_length, encoder.width)
-        for model in models.values():
-            _read_no_prompts(model, text)
+        text = (config.training.data.text_length, student.text_width(encoder.width))
         shape = latent_shape(config)
+        for model in models.values():
+            _read_no_prompts(model, text, shape)
         student.check_latent_shape(shape)
         method, teacher = _split(config, models)
         data, loop = config.training.data, config.training.loop
@@ -209,12 +216,14 @@ def _optimizers(method: TrainingMethod, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _read_no_prompts(model: ModelBase, text: tuple[int, int]) -> None:
+def _read_no_prompts(model: ModelBase, text: tuple[int, int], latents: Sequence[int]) -> None:
     """Let an adapter take prompts for encoded without an encoder."""
 
     def encode(prompts: Sequence[str]) -> Conditioning:
         size = len(prompts)
         embeddings = torch.empty(size, *text, device="meta")
-        return Conditioning(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device="meta"))
+        shapes = {name: shape for name, shape in model.condition_shapes(latents).items() if name in TEXT_COLUMNS}
+        extras = meta_conditions(shapes, size)
+        return Conditioning(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device="meta"), extras)
 
     vars(model)["encode_prompts"] = encode

@@ -25,7 +25,7 @@ from fv_distill.data.schema import REQUIRED_TENSORS
 from fv_distill.export.checkpoint_weights import read_checkpoint_metadata
 from fv_distill.export.convert import convert
 from fv_distill.export.diffusers_dir import check_output
-from fv_distill.export.scheduler import few_step_scheduler
+from fv_distill.export.scheduler import few_step_scheduler_for
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.models.base import CausalModelBase, ModelBase
 from fv_distill.rollouts.ode import STATES
@@ -249,6 +249,7 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
     student.check_latent_shape(latent_shape, num_frames=num_frames)
     if student.reads_text:
         student.check_text(tuple(row["text_embedding"].shape))
+        student.check_prompts(method.prompts())
     elif config.training.data.caption_dropout:
         raise ValueError(
             f"training.data.caption_dropout={config.training.data.caption_dropout:g}, but {type(student).__name__} "
@@ -268,13 +269,14 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
         check_output(Path(config.pipeline.export_dir), student.directory, overwrite=True)
     # A causal student streams without a scheduler.
     if method.few_step_sigmas is not None and not isinstance(student, CausalModelBase):
-        _check_export(method.few_step_sigmas, method.sample_type, wanted=config.pipeline.export_dir is not None)
+        _check_export(method, student.directory, wanted=config.pipeline.export_dir is not None)
 
 
-def _check_export(sigmas: Sequence[float], sample_type: str, *, wanted: bool) -> None:
+def _check_export(method: TrainingMethod, directory: Path, *, wanted: bool) -> None:
     """An export that is asked for has to be possible; one that may be asked for later is worth a warning now."""
+    assert method.few_step_sigmas is not None, "the caller looked"
     try:
-        few_step_scheduler(sigmas, sample_type=sample_type)
+        few_step_scheduler_for(directory, method.few_step_sigmas, sample_type=method.sample_type)
     except ValueError as error:
         if wanted:
             raise

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -96,9 +96,10 @@ def prepare_trainable(accelerator: Accelerator, model: ModelBase, optimizer: Opt
     Called once per role: FSDP2 takes exactly one model with its optimizer.
     """
     model.compute_on(accelerator.device)
-    _wrap_blocks_by_network(accelerator)
-    model.transformer, optimizer = accelerator.prepare(model.transformer, optimizer)
-    _cast_inputs_where_sharded(accelerator, model.transformer)
+    _wrap_blocks_by_network(accelerator, model.transformer)
+    with _unused_parameters_found(accelerator) if model.has_unused_parameters else nullcontext():
+        model.transformer, optimizer = accelerator.prepare(model.transformer, optimizer)
+    _cast_inputs_where_sharded(accelerator, model)
     return optimizer
 
 
@@ -110,16 +111,16 @@ def prepare_adapted(accelerator: Accelerator, models: Sequence[ModelBase]) -> No
     """
     network = models[0].transformer
     assert all(model.transformer is network for model in models), "roles of one network"
-    _wrap_blocks_by_network(accelerator)
+    _wrap_blocks_by_network(accelerator, network)
     if accelerator.is_fsdp2:
         network = fsdp2_prepare_model(accelerator, network)
-        _cast_inputs_where_sharded(accelerator, network)
     else:
         # "Evaluation": on its device and under autocast, without DDP.
         network = accelerator.prepare_model(network, evaluation_mode=True)
     for model in models:
         model.compute_on(accelerator.device)
         model.transformer = network
+    _cast_inputs_where_sharded(accelerator, models[0])
 
 
 def prepare_frozen(accelerator: Accelerator, model: ModelBase, placement: Placement = "auto") -> None:
@@ -131,10 +132,10 @@ def prepare_frozen(accelerator: Accelerator, model: ModelBase, placement: Placem
         prepare_alone(accelerator, model, placement)
         return
     model.compute_on(accelerator.device)
-    _wrap_blocks_by_network(accelerator)
+    _wrap_blocks_by_network(accelerator, model.transformer)
     with _kept_in_host_memory(accelerator) if placement == "offloaded" else nullcontext():
         model.transformer = fsdp2_prepare_model(accelerator, model.transformer)
-    _cast_inputs_where_sharded(accelerator, model.transformer)
+    _cast_inputs_where_sharded(accelerator, model)
 
 
 def prepare_alone(accelerator: Accelerator, model: ModelBase, placement: Placement = "auto") -> None:
@@ -156,6 +157,17 @@ def prepare_alone(accelerator: Accelerator, model: ModelBase, placement: Placeme
 
 
 @contextmanager
+def _unused_parameters_found(accelerator: Accelerator) -> Iterator[None]:
+    """DDP doesn't wait for gradients that will never come, at the price of a walk through each graph."""
+    handler = accelerator.ddp_handler
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    try:
+        yield
+    finally:
+        accelerator.ddp_handler = handler
+
+
+@contextmanager
 def _kept_in_host_memory(accelerator: Accelerator) -> Iterator[None]:
     """The next network's shards stay in host memory; blocks are gathered on the device when they are called."""
     plugin = accelerator.state.fsdp_plugin
@@ -166,11 +178,11 @@ def _kept_in_host_memory(accelerator: Accelerator) -> Iterator[None]:
         plugin.cpu_offload = policy
 
 
-def _wrap_blocks_by_network(accelerator: Accelerator) -> None:
+def _wrap_blocks_by_network(accelerator: Accelerator, network: nn.Module) -> None:
     """Let FSDP2 look for the blocks of the next network.
 
     The plugin settles on the block class of the first network that it sees: a causal student's would then be missing in
-    the teacher.
+    the teacher. It also refuses names of blocks that a network has in other variants of it only.
     """
     plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
     if plugin is None:
@@ -179,22 +191,30 @@ def _wrap_blocks_by_network(accelerator: Accelerator) -> None:
         plugin.auto_wrap_policy = plugin.auto_wrap_policy.func
     # Names that the launch config gives are the user's own.
     if not os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
-        plugin.transformer_cls_names_to_wrap = None
+        present = {type(module).__name__ for module in network.modules()}
+        # diffusers' networks state them; a network that doesn't is wrapped as a whole.
+        names = cast(Any, network)._no_split_modules or ()
+        plugin.transformer_cls_names_to_wrap = [name for name in names if name in present]
 
 
-def _cast_inputs_where_sharded(accelerator: Accelerator, network: nn.Module) -> None:
-    """Give an FSDP2 network its tensors in the type of its gathered weights, all but the timestep."""
+def _cast_inputs_where_sharded(accelerator: Accelerator, model: ModelBase) -> None:
+    """Give an FSDP2 network its tensors in the type of its gathered weights, all but the timestep if it may differ."""
     policy = accelerator.state.fsdp_plugin.mixed_precision_policy if accelerator.is_fsdp2 else None
     if policy is None or policy.param_dtype is None:
         return
 
+    kept = () if model.embeds_time_in_own_dtype else ("timestep",)
+    if model.mixes_types:
+        network: Any = model.transformer
+        network.forward = torch.autocast(accelerator.device.type, policy.param_dtype)(network.forward)
+
     def cast(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         for name, value in kwargs.items():
-            if name != "timestep" and isinstance(value, torch.Tensor) and value.is_floating_point():
+            if name not in kept and isinstance(value, torch.Tensor) and value.is_floating_point():
                 kwargs[name] = value.to(policy.param_dtype)
         return args, kwargs
 
-    network.register_forward_pre_hook(cast, with_kwargs=True)
+    model.transformer.register_forward_pre_hook(cast, with_kwargs=True)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

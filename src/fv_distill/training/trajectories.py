@@ -86,7 +86,8 @@ class TrajectoryCache:
         accelerator.wait_for_everyone()
         # Processes call it a different number of times, so it can't be sharded.
         prepare_alone(accelerator, teacher, self.config.models["teacher"].placement)
-        teacher.prompt_conditioning("")
+        if teacher.drops_captions:
+            teacher.prompt_conditioning("")
         share = missing[accelerator.process_index :: accelerator.num_processes]
         for count, index in enumerate(share, start=1):
             write_rows(self._file(index), self._rows(index, teacher, accelerator.device))

@@ -1,0 +1,155 @@
+"""HunyuanVideo text-to-video over diffusers' `HunyuanVideoTransformer3DModel`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from diffusers import HunyuanVideoTransformer3DModel
+from torch import Tensor, nn
+
+from .base import ModelBase
+from .conditioning import Conditioning
+from .hunyuan_encoders import HunyuanVideoEncoders
+from .latent_checks import check_clip_shape
+from .pretrained import load_component_config, read_vae_factors
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
+
+
+class HunyuanVideoModel(ModelBase):
+    """HunyuanVideo's network output is the velocity; its timestep is 1000 sigma, and a guidance scale is embedded.
+
+    Args:
+        transformer: the network.
+        directory: see `ModelBase`.
+        embedded_guidance: the scale that a guidance-distilled network reads as an input (times 1000, as
+            `HunyuanVideoPipeline` passes its `guidance_scale`). It takes the place of an unconditional pass; the
+            guidance of methods comes on top, as the pipeline's `true_cfg_scale` does.
+        kwargs: see `ModelBase`.
+
+    Raises:
+        ValueError: for an embedded guidance that is not positive.
+    """
+
+    network_class = HunyuanVideoTransformer3DModel
+    encoders_class = HunyuanVideoEncoders
+    takes_sigma_per_frame = False
+    lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": _ATTENTION,
+        "all": (*_ATTENTION, *_FEED_FORWARD),
+        # With the refiner of the text, the embedders of time, guidance and text, and the modulation.
+        "linear": (*_ATTENTION, *_FEED_FORWARD, "proj_in", "linear_1", "linear_2", "linear"),
+    }
+
+    def __init__(
+        self, transformer: nn.Module, *, directory: str | Path, embedded_guidance: float = 6.0, **kwargs: Any
+    ) -> None:
+        super().__init__(transformer, directory=directory, **kwargs)
+        self.embedded_guidance = _checked_guidance(embedded_guidance)
+        self.network_config = cast(Any, transformer).config
+        self.temporal_factor, _ = read_vae_factors(self.directory)
+        self.scaling_factor = float(load_component_config(self.directory, "vae")["scaling_factor"])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        init_from: str,
+        *,
+        embedded_guidance: float = 6.0,
+        trainable: bool = False,
+        flow_shift: float | None = None,
+        dtype: str | torch.dtype = "float32",
+        weights: str | None = None,
+        gradient_checkpointing: bool = False,
+        attention_backend: str | None = None,
+        negative_prompt: str = "",
+        text_length: int = 512,
+    ) -> Self:
+        """See `ModelBase.from_pretrained`, and this class for `embedded_guidance`."""
+        model = super().from_pretrained(
+            init_from,
+            trainable=trainable,
+            flow_shift=flow_shift,
+            dtype=dtype,
+            weights=weights,
+            gradient_checkpointing=gradient_checkpointing,
+            attention_backend=attention_backend,
+            negative_prompt=negative_prompt,
+            text_length=text_length,
+        )
+        model.embedded_guidance = _checked_guidance(embedded_guidance)
+        return model
+
+    @classmethod
+    def check_network(cls, network_config: Any, directory: Path) -> None:
+        """See `ModelBase.check_network`."""
+        if network_config.image_condition_type is not None:
+            raise ValueError(
+                f"{directory} is an image-to-video HunyuanVideo (image_condition_type: "
+                f"{network_config.image_condition_type}), whose text encoder reads the image too; only the "
+                "text-to-video network is handled"
+            )
+
+    def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """See `ModelBase.predict_velocity`; sigma is `[B]`, as the network has one time embedding per clip."""
+        assert conditioning.text is not None, "HunyuanVideo has no network without text; see required_channels"
+        assert conditioning.text_mask is not None, "HunyuanVideo's attention needs to know which tokens are real"
+        assert sigma.ndim == 1, "one noise level per clip; see takes_sigma_per_frame"
+        guidance = None
+        if self.network_config.guidance_embeds:
+            guidance = torch.full((len(x_t),), 1000.0 * self.embedded_guidance, dtype=self.dtype, device=x_t.device)
+        (velocity,) = self.call_network(
+            hidden_states=x_t.to(self.dtype),
+            timestep=1000 * sigma.float(),
+            encoder_hidden_states=conditioning.text.to(self.dtype),
+            encoder_attention_mask=conditioning.text_mask.to(self.dtype),
+            pooled_projections=conditioning.extras["pooled_text_embedding"].to(self.dtype),
+            guidance=guidance,
+            return_dict=False,
+        )
+        return velocity.float()
+
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        """`latents * scaling_factor` of the VAE, fp32."""
+        return latents.float() * self.scaling_factor
+
+    def raw_latents(self, latents: Tensor) -> Tensor:
+        """`latents / scaling_factor`, see `ModelBase.raw_latents`."""
+        return latents.float() / self.scaling_factor
+
+    def sampling_arguments(self, guidance_scale: float | None) -> dict[str, Any]:
+        """See `ModelBase.sampling_arguments`; the pipeline's `guidance_scale` is the embedded one."""
+        true_guidance = {} if guidance_scale is None else {"true_cfg_scale": guidance_scale}
+        return {"guidance_scale": self.embedded_guidance, **true_guidance}
+
+    def condition_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """See `ModelBase.condition_shapes`."""
+        return {"pooled_text_embedding": (self.network_config.pooled_projection_dim,)}
+
+    def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
+        """See `ModelBase.check_latent_shape`: channels, patch divisibility and 4k + 1 frames."""
+        config = self.network_config
+        check_clip_shape(
+            shape,
+            channels=config.in_channels,
+            patch_size=(config.patch_size_t, config.patch_size, config.patch_size),
+            temporal_factor=self.temporal_factor,
+            num_frames=num_frames,
+            directory=self.directory,
+        )
+
+    def check_text(self, shape: Sequence[int]) -> None:
+        """See `ModelBase.check_text`."""
+        if shape[-1] != self.network_config.text_embed_dim:
+            raise ValueError(
+                f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, whose text_embed_dim is "
+                f"{self.network_config.text_embed_dim}; encode the captions with this model's own text encoders"
+            )
+
+
+def _checked_guidance(scale: float) -> float:
+    if scale <= 0:
+        raise ValueError(f"embedded_guidance={scale:g} must be positive; HunyuanVideoPipeline's default is 6")
+    return scale

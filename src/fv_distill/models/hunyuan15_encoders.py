@@ -1,0 +1,83 @@
+"""HunyuanVideo 1.5's text encoders and VAE, called as `HunyuanVideo15Pipeline` calls them."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+
+from .conditioning import Conditioning
+from .encoders import Encoders, vae_without_weights
+from .given_frames import COLUMN
+from .pretrained import read_pipeline_class
+
+IMAGE_PIPELINE = HunyuanVideo15ImageToVideoPipeline.__name__
+PIPELINES: dict[str, Any] = {
+    HunyuanVideo15Pipeline.__name__: HunyuanVideo15Pipeline,
+    IMAGE_PIPELINE: HunyuanVideo15ImageToVideoPipeline,
+}
+
+
+class HunyuanVideo15Encoders(Encoders):
+    """See `Encoders`; Qwen2.5-VL's tokens are the text, ByT5's of what stands in quotes are `text_embedding_2`.
+
+    An image is its latents and SigLIP's tokens of it, `clip_feature`.
+    """
+
+    @cached_property
+    def text_pipeline(self) -> Any:
+        """The directory's pipeline with nothing but its encoders, of text and, for image-to-video, of images."""
+        vae = vae_without_weights(AutoencoderKLHunyuanVideo15, self.directory)
+        kind = PIPELINES[read_pipeline_class(self.directory)]
+        pipeline = kind.from_pretrained(self.directory, transformer=None, vae=vae, dtype=self.dtype)
+        pipeline.text_encoder.to(self.device)
+        pipeline.text_encoder_2.to(self.device)
+        if "image_encoder" in pipeline.components:
+            pipeline.image_encoder.to(self.device)
+        # An attribute, where other pipelines have an argument.
+        pipeline.tokenizer_max_length = self.text_length
+        return pipeline
+
+    @cached_property
+    def vae(self) -> Any:
+        """The `AutoencoderKLHunyuanVideo15`."""
+        kind = AutoencoderKLHunyuanVideo15
+        return kind.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(self.device)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """See `Encoders.encode_prompts`; template, cropping and the choice of a hidden layer are the pipeline's own."""
+        text, mask, glyphs, glyph_mask = self.text_pipeline.encode_prompt(
+            list(prompts), batch_size=len(prompts), device=self.device
+        )
+        mask, glyph_mask = mask.bool(), glyph_mask.bool()
+        extras = {"text_embedding_2": glyphs.float() * glyph_mask[..., None], "text_mask_2": glyph_mask}
+        return Conditioning(text.float() * mask[..., None], mask, extras)
+
+    @torch.no_grad()
+    def encode_video(self, video: Tensor) -> Tensor:
+        """See `Encoders.encode_video`; one clip at a time, as this VAE's attention mask has no batch."""
+        pixels = 2 * video.to(self.device, self.vae.dtype) - 1
+        return torch.cat([self.vae.encode(clip).latent_dist.mode() for clip in pixels.split(1)]).float()
+
+    @torch.no_grad()
+    def encode_images(self, video: Tensor) -> dict[str, Tensor]:
+        """See `Encoders.encode_images`: of the first frames."""
+        if read_pipeline_class(self.directory) != IMAGE_PIPELINE:
+            return {}
+        images = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(video[:, :, 0]))
+        pipeline = self.text_pipeline
+        features = [
+            pipeline.encode_image(image, batch_size=1, device=self.device, dtype=torch.float32) for image in images
+        ]
+        return {"clip_feature": torch.cat(features), COLUMN: self.encode_video(video[:, :, :1])}
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Encoders.decode`."""
+        latents = latents.to(self.device, self.vae.dtype)
+        video = torch.cat([self.vae.decode(clip, return_dict=False)[0] for clip in latents.split(1)])
+        return (video.float() / 2 + 0.5).clamp(0, 1)
