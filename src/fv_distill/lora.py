@@ -125,6 +125,8 @@ def inject_lora(network: nn.Module, adapter: str, spec: LoraSpec, *, seed: int =
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # Several adapters on one network are what is meant here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        # Adapters on quantised weights are merged into the whole ones, by `fv_distill export`.
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
         torch.manual_seed(seed)
         inject_adapter_in_model(spec.peft_config(), network, adapter_name=adapter)
     for parameter, requires_grad in states:

@@ -43,8 +43,10 @@ METHODS = {
     # Student and critic are adapters on the teacher's network.
     "dmd2_adapters": shared_base_config,
     "self_forcing_adapters": shared_causal_base_config,
+    # The same on quantised weights.
+    "dmd2_adapters_int8": shared_base_config,
 }
-ADAPTERS = ("dmd2_adapters", "self_forcing_adapters")
+ADAPTERS = ("dmd2_adapters", "self_forcing_adapters", "dmd2_adapters_int8")
 CRITICAL = ("dmd2", "self_forcing", "self_forcing_windowed", *ADAPTERS)
 ACCUMULATING = {"training.data.train_batch_size": 1, "training.loop.gradient_accumulation_steps": 2}
 SHARED = {"training.distributed.context_parallel_degree": 2}
@@ -57,7 +59,7 @@ def teacher(placement):
 
 EQUAL = {
     **{f"{method}-ddp": Run(method, DDP) for method in METHODS if method != "self_forcing_windowed"},
-    **{f"{method}-fsdp2": Run(method, FSDP2) for method in METHODS},
+    **{f"{method}-fsdp2": Run(method, FSDP2) for method in METHODS if method != "dmd2_adapters_int8"},
     "dmd2-ddp-accumulating": Run("dmd2", DDP, ACCUMULATING),
     "dmd2-fsdp2-accumulating": Run("dmd2", FSDP2, ACCUMULATING),
     "self_forcing_windowed-ddp-checkpointing": Run("self_forcing_windowed", DDP, CHECKPOINTING),
@@ -86,6 +88,11 @@ REFUSED = {
     "causal-shared": (
         Run("self_forcing", DDP, SHARED),
         "context_parallel_degree=2, but models.student can't do with that: CausalWanModel is causal",
+    ),
+    "quantised-sharded": (
+        Run("dmd2_adapters_int8", FSDP2),
+        "models.teacher.quantization=int8, but this launch shards networks, which quantised weights don't take; "
+        "launch without FSDP",
     ),
     "three-of-two": (
         Run("finetune", DDP, {"training.distributed.context_parallel_degree": 3}),
@@ -130,6 +137,7 @@ def configs(tiny_wan, tiny_rows, folder, prompts):
         if method in ADAPTERS:
             config["training"]["optimizer"]["learning_rate"] = 10.0
             config["method"]["fake_score_learning_rate"] = 4.0
+    configs["dmd2_adapters_int8"]["models"]["teacher"]["quantization"] = "int8"
     configs["self_forcing_windowed"]["models"]["student"] |= {"local_window": 1, "sink_frames": 1}
     configs["self_forcing_windowed"]["method"]["gradient_replay"] = False
     validation = {"dataset_file": prompts, "sampling_steps": [2], "every_steps": 4}

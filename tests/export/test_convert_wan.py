@@ -214,7 +214,8 @@ def test_keys_that_do_not_fit_are_listed_in_the_files_names(tiny_wan, tmp_path):
     torch.save(weights, tmp_path / "wan.pt")
     done = run("--input", tmp_path / "wan.pt", "--output", tmp_path / "out", "--base-model", tiny_wan)
     assert done.returncode == 2
-    assert done.stderr == (
+    # Packages may have warned before, torchao for instance.
+    assert done.stderr.endswith(
         f"error: {tmp_path / 'wan.pt'} and {tiny_wan}: the weights don't fit the network: missing blocks.0.norm3.bias; "
         "unexpected img_emb.proj.0.weight; head.modulation has shape (1, 2, 5), expected (1, 2, 24)\n"
         "(--debug shows the traceback)\n"

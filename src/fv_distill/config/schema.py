@@ -63,6 +63,11 @@ class ModelConfig(OpenSection):
         description="where a frozen role's weights are: auto, sharded if the launch shards and else whole; replicated, "
         "whole on every process; offloaded, in host memory between calls",
     )
+    quantization: Literal["int8", "float8", "nf4"] | None = Field(
+        None,
+        description="frozen weights of the network's blocks in fewer bits, by torchao: int8, float8 or nf4; for frozen "
+        "roles and for the networks under LoRA adapters",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     attention_backend: str | None = Field(None, description="a diffusers attention backend, for instance flash")
     negative_prompt: str = Field("", description="what guidance's unconditional pass reads")
@@ -78,6 +83,23 @@ class ModelConfig(OpenSection):
                 f"placement={self.placement} is for frozen roles, and this one is trainable; remove the key. Trained "
                 "networks are where the launch puts them (fsdp_offload_params in accelerate's config offloads them)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _quantization_is_for_frozen_weights(self) -> "ModelConfig":
+        if self.quantization is None:
+            return self
+        key = f"quantization={self.quantization}"
+        if self.trainable and not self.lora.enable:
+            raise ValueError(f"{key}, but this role's weights are trained; train a LoRA (lora.enable: true) instead")
+        if self.share_base_with is not None:
+            raise ValueError(f"{key} belongs to the role whose network this is: models.{self.share_base_with}")
+        if self.placement == "offloaded":
+            raise ValueError(
+                f"{key} and placement=offloaded don't go together; keep the quantised weights on the device"
+            )
+        if self.lora.dora:
+            raise ValueError(f"{key} and lora.dora don't go together: DoRA needs the norms of the whole weights")
         return self
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fv_distill.models.quantization import stored_tensors
+
 ACTIVATIONS = "activations"
 
 
@@ -23,14 +25,15 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._known = {inner.untyped_storage()._cdata for tensor in known for inner in stored_tensors(tensor)}
         self._alive: dict[int, tuple[int, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(value, Tensor):
-                self._add(value)
+                for inner in stored_tensors(value):
+                    self._add(inner)
         return result
 
     def mark(self, tensor: Tensor, name: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fv_distill.models.base import ModelBase
+from fv_distill.models.quantization import stored_bytes
 
 from .depth import all_blocks
 from .layout import Layout, Placement
@@ -60,7 +61,7 @@ def measure_role(role: str, model: ModelBase, layout: Layout, placement: Placeme
     def total(parameters: list[nn.Parameter], *, share: bool) -> int:
         counts = [rank_share(parameter, layout) if share else parameter.numel() for parameter in parameters]
         sizes = [_itemsize(parameter, model, dtype) for parameter in parameters]
-        return sum(number * size for number, size in zip(counts, sizes, strict=True))
+        return round(sum(number * size for number, size in zip(counts, sizes, strict=True)))
 
     trained_rank_bytes = total(trained, share=True)
     rank_bytes = total(held, share=True)
@@ -108,8 +109,10 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _itemsize(parameter: Tensor, model: ModelBase, dtype: torch.dtype) -> int:
-    return dtype.itemsize if model.trainable and model.adapter is None else parameter.element_size()
+def _itemsize(parameter: Tensor, model: ModelBase, dtype: torch.dtype) -> float:
+    if model.trainable and model.adapter is None:
+        return dtype.itemsize
+    return stored_bytes(parameter) / max(parameter.numel(), 1)
 
 
 def _count(module: nn.Module) -> int:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 Quantization = Literal["int8", "float8", "nf4"]
@@ -47,15 +48,51 @@ def quantize_network(network: nn.Module, kind: Quantization) -> int:
                 "use int8"
             )
         quantize(layer)
+        layer.__class__ = QuantizedLinear
     return len(layers)
 
 
-def stored_bytes(tensor: Tensor) -> int:
-    """What a tensor's numbers take: of a quantised one, its codes and scales."""
+class QuantizedLinear(nn.Linear):
+    """A linear layer with a frozen quantised weight, which is expanded anew for the backward pass.
+
+    torchao's own int8 and float8 layers keep the expanded weight for it: with adapters on every layer, all that
+    quantisation saved.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See `nn.Linear`."""
+        return _ExpandedTwice.apply(input, self.weight, self.bias)
+
+
+class _ExpandedTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        # Autocast acts in here as it does on a plain layer.
+        return nn.functional.linear(input, _expanded(weight, weight.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return grad @ _expanded(weight, grad.dtype), None, None
+
+
+def _expanded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    # NF4's name for it is `to`; the others have no other way than `dequantize`.
+    return weight.to(dtype) if type(weight).__name__ == "NF4Tensor" else cast(Any, weight).dequantize().to(dtype)
+
+
+def stored_tensors(tensor: Tensor) -> list[Tensor]:
+    """What holds a tensor's numbers: of a quantised one, its codes and scales; else the tensor itself."""
     if not hasattr(tensor, "__tensor_flatten__"):
-        return tensor.numel() * tensor.element_size()
+        return [tensor]
     names, _ = cast(Any, tensor).__tensor_flatten__()
-    return sum(stored_bytes(getattr(tensor, name)) for name in names)
+    return [inner for name in names for inner in stored_tensors(getattr(tensor, name))]
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """The size of `stored_tensors`."""
+    return sum(inner.numel() * inner.element_size() for inner in stored_tensors(tensor))
 
 
 def _quantizer(kind: Quantization) -> Callable[[nn.Linear], None]:
@@ -63,7 +100,7 @@ def _quantizer(kind: Quantization) -> Callable[[nn.Linear], None]:
         from torchao import quantization
     except ImportError as error:
         raise ValueError(
-            f"quantization={kind} needs torchao, which isn't installed: pip install 'fv_distill[quantization]'"
+            f"{kind} needs torchao, which isn't installed: pip install 'fv_distill[quantization]'"
         ) from error
     if kind == "nf4":
         return lambda layer: _set_frozen(layer, _to_nf4(quantization.NF4Tensor, layer.weight))

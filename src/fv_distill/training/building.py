@@ -11,6 +11,7 @@ from fv_distill.config.local_modules import search_beside
 from fv_distill.config.schema import RunConfig
 from fv_distill.console import console
 from fv_distill.models.base import ModelBase
+from fv_distill.models.quantization import quantize_network
 from fv_distill.rng import derive_seed
 
 
@@ -65,9 +66,15 @@ def _load_model(config: RunConfig, role: str) -> ModelBase:
     }
     search_beside(config.source_folder)
     try:
-        return instantiate({"_target_": f"{model.target}.from_pretrained", **kwargs})
+        adapter = instantiate({"_target_": f"{model.target}.from_pretrained", **kwargs})
     except FileNotFoundError as error:
         raise FileNotFoundError(f"models.{role}: {error}") from error
+    if model.quantization is not None:
+        try:
+            quantize_network(adapter.transformer, model.quantization)
+        except ValueError as error:
+            raise ValueError(f"models.{role}.quantization: {error}") from error
+    return adapter
 
 
 def _model_on_base(config: RunConfig, role: str, base: ModelBase) -> ModelBase:

@@ -119,6 +119,22 @@ def build_trainer(config: RunConfig, *, dry_run: bool = False) -> Trainer:
     return Trainer(accelerator, method, dataset, config, build_callbacks(config))
 
 
+def _check_quantized_is_whole(config: RunConfig) -> None:
+    """Quantised weights can't be sharded; they are small enough to be whole."""
+    for role, model in config.models.items():
+        if model.quantization is None or model.placement == "replicated":
+            continue
+        fix = (
+            "launch without FSDP"
+            if model.lora.enable or any(other.share_base_with == role for other in config.models.values())
+            else f"set models.{role}.placement: replicated"
+        )
+        raise ValueError(
+            f"models.{role}.quantization={model.quantization}, but this launch shards networks, which quantised "
+            f"weights don't take; {fix}"
+        )
+
+
 def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerator:
     """The accelerator of the launch; the output directory is claimed first.
 
@@ -137,6 +153,8 @@ def build_accelerator(config: RunConfig, *, dry_run: bool = False) -> Accelerato
     )
     # Made here for its checks: a launch that doesn't fit shall be told of before networks are loaded.
     groups = ContextGroups.of(accelerator, training.distributed.context_parallel_degree)
+    if accelerator.is_fsdp2:
+        _check_quantized_is_whole(config)
     if accelerator.is_main_process:
         offloaded = [role for role, model in config.models.items() if model.placement == "offloaded"]
         for line in describe_launch(accelerator, context_parallel_degree=groups.degree, offloaded_roles=offloaded):
