@@ -220,10 +220,21 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
     """Find out before training what would otherwise fail during it or after it.
 
     Raises:
-        ValueError: if the first row doesn't fit the student, or no stock scheduler can sample the export asked for.
+        ValueError: if the first row of a shape doesn't fit the student, or no stock scheduler can sample the export
+            asked for.
         FileExistsError: if the export would replace something else than an export.
     """
-    row, student = dataset[0], method.models["student"]
+    student = method.models["student"]
+    for rows in dataset.buckets:
+        _check_row(dataset[int(rows[0])], student, config)
+    if config.pipeline.export_dir is not None:
+        check_output(Path(config.pipeline.export_dir), student.directory, overwrite=True)
+    # A causal student streams without a scheduler.
+    if method.few_step_sigmas is not None and not isinstance(student, CausalModelBase):
+        _check_export(method.few_step_sigmas, method.sample_type, wanted=config.pipeline.export_dir is not None)
+
+
+def _check_row(row: Mapping[str, Any], student: ModelBase, config: RunConfig) -> None:
     if "vae_latent" in row:
         student.check_latent_shape(tuple(row["vae_latent"].shape), num_frames=row.get("num_frames"))
     elif STATES in row:
@@ -236,11 +247,6 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
             "that the student shall generate"
         )
     student.check_text(tuple(row["text_embedding"].shape))
-    if config.pipeline.export_dir is not None:
-        check_output(Path(config.pipeline.export_dir), student.directory, overwrite=True)
-    # A causal student streams without a scheduler.
-    if method.few_step_sigmas is not None and not isinstance(student, CausalModelBase):
-        _check_export(method.few_step_sigmas, method.sample_type, wanted=config.pipeline.export_dir is not None)
 
 
 def _check_export(sigmas: Sequence[float], sample_type: str, *, wanted: bool) -> None:
