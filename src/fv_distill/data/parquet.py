@@ -158,7 +158,7 @@ class _SourceFiles:
 
     @classmethod
     def find(cls, path: str, wanted: Sequence[str] | None) -> "_SourceFiles":
-        files = list(_parquet_files(path))
+        files = find_parquet_files(path)
         if not files:
             raise DataError(f"{DATA_PATH_KEY}: {path} is an empty data set: it holds no *.parquet file")
         tensors, scalars, num_rows = check_schema(files, wanted)
@@ -328,13 +328,18 @@ def _parse_data_path(data_path: DataPath) -> dict[str, int]:
     return {os.fspath(path): repeat for path, repeat in repeats.items()}
 
 
-def _parquet_files(path: str) -> Iterator[Path]:
+def find_parquet_files(path: str) -> list[Path]:
+    """The parquet files of a directory, at any depth and in order, or the one that the path is.
+
+    Raises:
+        FileNotFoundError: if there is no such path.
+    """
     root = Path(path).expanduser().absolute()
     if not root.exists():
         raise FileNotFoundError(
             f"{DATA_PATH_KEY}: {path} does not exist; give a parquet file or a directory of parquet files"
         )
-    yield from [root] if root.is_file() else sorted(root.rglob("*.parquet"))
+    return [root] if root.is_file() else sorted(root.rglob("*.parquet"))
 
 
 def _common_tensors(sources: Sequence[_Source], wanted: Sequence[str] | None) -> list[str]:

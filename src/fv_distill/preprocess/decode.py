@@ -162,8 +162,8 @@ def _opened(media: Path | bytes) -> Iterator[tuple[Any, Any]]:
     source: Any = io.BytesIO(media) if isinstance(media, bytes) else str(media)
     with av.open(source, metadata_errors="ignore") as container:
         stream = container.streams.best("video")
-        if stream is None:
-            raise BadClipError("corrupt", "there is no video stream")
+        if stream is None or stream.codec_context is None:
+            raise BadClipError("corrupt", "there is no video stream that can be decoded")
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = _DECODER_THREADS
         stream.codec_context.options = {"max_pixels": str(_MAX_PIXELS)}
