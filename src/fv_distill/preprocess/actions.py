@@ -38,11 +38,11 @@ def read_actions(path: Path | None, frame_numbers: np.ndarray) -> dict[str, Tens
             values = np.asarray(given[name], dtype=np.float32)
         except (ValueError, TypeError) as error:
             raise BadClipError("bad actions", f"{path.name}: {name}: {error}") from error
-        if values.ndim != 2 or (name == "mouse" and values.shape[1] != _MOUSE_WIDTH) or not np.isfinite(values).all():
-            wanted = "[F, 2]" if name == "mouse" else "[F, K]"
-            raise BadClipError(
-                "bad actions", f"{path.name}: {name} is {list(values.shape)}; needed are finite {wanted}"
-            )
+        wanted = "[F, 2]" if name == "mouse" else "[F, K]"
+        if values.ndim != 2 or (name == "mouse" and values.shape[1] != _MOUSE_WIDTH):
+            raise BadClipError("bad actions", f"{path.name}: {name} has the shape {list(values.shape)}, not {wanted}")
+        if not np.isfinite(values).all():
+            raise BadClipError("bad actions", f"{path.name}: {name} has values that are not finite")
         if len(values) <= frame_numbers.max():
             raise BadClipError(
                 "bad actions", f"{path.name}: {name} has {len(values)} rows, frame {frame_numbers.max()} is in the clip"

@@ -32,8 +32,9 @@ def finished_items(directory: Path) -> set[str]:
 
 def remove_unfinished(directory: Path) -> None:
     """Delete what a killed process left half-written. Only before any process writes."""
-    for path in directory.glob("part-*.parquet.*.tmp"):
-        path.unlink(missing_ok=True)
+    for pattern in ("part-*.parquet.*.tmp", "*.json.*.tmp"):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def write_shards(directory: Path, rows: Iterable[Row], *, rank: int, shard_rows: int) -> None:
