@@ -50,15 +50,20 @@ def preprocess(options: PreprocessOptions) -> Summary:
     """
     # Without the flag accelerate starts no process group for several processes on a machine that has only CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_WAIT)
-    work = _Work(options, state)
+    work = Preprocessing(options, state)
     work.prepare_output()
     work.encode_texts()
     work.encode_clips()
     return work.finish()
 
 
-class _Work:
-    """One process's part of one call."""
+class Preprocessing:
+    """One process's part of one call; its steps are taken in this order.
+
+    Args:
+        options: what is made.
+        state: which process this is.
+    """
 
     def __init__(self, options: PreprocessOptions, state: PartialState) -> None:
         self.options = options
