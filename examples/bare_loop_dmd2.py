@@ -75,6 +75,7 @@ def train(config: RunConfig) -> None:
         accumulation_steps=1,
         world_size=accelerator.num_processes,
         rank=accelerator.process_index,
+        buckets=dataset.buckets,
     )
     loader = build_loader(
         dataset,

@@ -27,7 +27,8 @@ ALLOWED_PARTS = {
     # Written against the base classes; training/estimating.py puts a config's own classes in.
     "estimate": {
         *("methods.base", "methods.calls", "methods.options", "rollouts.ode", "rng", "console"),
-        *("models.base", "models.conditioning", "models.pretrained", "models.transformers.block_causal"),
+        *("models.base", "models.conditioning", "models.pretrained", "models.quantization"),
+        "models.transformers.block_causal",
     },
     "hardware": set(),
 }
@@ -48,6 +49,7 @@ FORBIDDEN = {
     "config": {"accelerate", "torch", "fv_distill.methods", "fv_distill.models", "fv_distill.training"},
     "training": {"fv_distill.methods", "fv_distill.models"},
     "callbacks": {"fv_distill.methods", "fv_distill.models"},
+    "preprocess": {f"fv_distill.{part}" for part in ("methods", "training", "callbacks", "losses", "rollouts")},
 }
 # Exceptions to FORBIDDEN: the torch-free option fields, and the base classes that a trainer is written against.
 PERMITTED = {
@@ -58,12 +60,15 @@ PERMITTED = {
         "fv_distill.models.base",
         "fv_distill.models.conditioning",
         "fv_distill.models.pipeline_index",
+        "fv_distill.models.quantization",
     },
     "callbacks": {"fv_distill.methods.base", "fv_distill.models.base", "fv_distill.models.conditioning"},
     "evaluation": {"fv_distill.callbacks.video_files"},
 }
 NO_CONCRETE_MODEL = {"data", "export", "evaluation"}
-MODEL_BASES = {f"fv_distill.models.{name}" for name in ("base", "conditioning", "pretrained", "pipeline_index")}
+MODEL_BASES = {
+    f"fv_distill.models.{name}" for name in ("base", "conditioning", "pretrained", "pipeline_index", "quantization")
+}
 FAMILIES = {
     *("wan", "wan_causal", "hunyuan", "cosmos", "longcat", "matrixgame2", "matrixgame2_causal", "kandinsky5", "ltx2")
 }
@@ -115,7 +120,7 @@ def violations(part: str, imports: set[str]) -> list[str]:
         found += [name for name in names if is_below(name, FORBIDDEN[part]) and not is_below(name, permitted)]
     if part in NO_CONCRETE_MODEL:
         found += [name for name in inner if is_below(name, {"fv_distill.models"}) and not is_below(name, MODEL_BASES)]
-    if part not in {"training", "callbacks"}:
+    if part not in {"training", "callbacks", "preprocess"}:
         found += [name for name in names if is_below(name, {"accelerate"})]
     return found
 

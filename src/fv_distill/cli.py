@@ -284,6 +284,39 @@ def evaluate(words: Sequence[str]) -> None:
     run_command(words, description=evaluate.__doc__)
 
 
+def preprocess(words: Sequence[str]) -> None:
+    """Turn videos with captions, or captions alone, into the rows that training reads."""
+    from .preprocess.command import run_command
+
+    run_command(words, description=preprocess.__doc__)
+
+
+def inspect(words: Sequence[str]) -> None:
+    """Show what a directory of rows holds, and decode some of its clips to one picture."""
+    parser = argparse.ArgumentParser(prog="fv-distill inspect", description=inspect.__doc__, allow_abbrev=False)
+    parser.add_argument("directory", metavar="DIR", type=Path, help="a directory of parquet rows, or one file")
+    parser.add_argument("--rows", type=int, default=8, metavar="N", help="rows to show, evenly spread (default: 8)")
+    parser.add_argument("--samples", type=int, default=4, metavar="N", help="clips to decode; 0 is none (default: 4)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the picture (default: contact_sheet.png in DIR)")
+    parser.add_argument("--model", metavar="DIR", help="whose VAE decodes (default: the one that encoded)")
+    parser.add_argument("--adapter", metavar="PATH", help="dotted path of the model's adapter (default: as it encoded)")
+    parser.add_argument("--device", help="default: an accelerator where there is one")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    args = parser.parse_args(words)
+    with exit_on_user_error(debug=args.debug):
+        from .preprocess.inspect import inspect_rows
+
+        inspect_rows(
+            args.directory,
+            num_rows=args.rows,
+            num_samples=args.samples,
+            output=args.output,
+            model=args.model,
+            adapter=args.adapter,
+            device=args.device,
+        )
+
+
 def doctor(words: Sequence[str]) -> None:
     """Look at this machine and how processes would be started on it; status 1 if something is wrong."""
     parser = argparse.ArgumentParser(prog="fv-distill doctor", description=doctor.__doc__, allow_abbrev=False)
@@ -345,6 +378,8 @@ def demo_script() -> Path:
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "preprocess": (preprocess, "turn videos with captions into training rows"),
+    "inspect": (inspect, "show what training rows hold, with a picture of some clips"),
     "train": (train, "train what a YAML file describes"),
     "make-trajectories": (make_trajectories, "make the teacher paths that knowledge distillation trains on"),
     "export": (export, "make a diffusers directory of a checkpoint"),

@@ -148,7 +148,7 @@ BAD_CELLS = {
     "truncated": ("vae_latent_bytes", bytes(95), "95 bytes are stored, but shape .* takes 96"),
     "no bytes": ("vae_latent_bytes", b"", "0 bytes are stored"),
     "null bytes": ("vae_latent_bytes", None, "0 bytes are stored"),
-    "other shape": ("vae_latent_shape", [2, 3, 4, 1], r"\[2, 3, 4, 1\] differs from \[2, 3, 2, 2\] of .*row 0"),
+    "other channels": ("vae_latent_shape", [3, 2, 4, 1], r"\[3, 2, 4, 1\] differs from \[2, 3, 2, 2\] of .*row 0"),
     "wrong ndim": ("vae_latent_shape", [2, 3, 4], "3 dimensions instead of 4"),
     "negative size": ("vae_latent_shape", [-2, -3, 2, 2], "not positive"),
     "unknown dtype": ("vae_latent_dtype", "float33", "'float33' is unknown"),

@@ -8,8 +8,8 @@ import functools
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fv_distill.data.buckets import batch_of_step, bucket_permutation
 from fv_distill.data.parquet import ParquetDataset, Row, all_finite, batch_dtype
 from fv_distill.data.schema import DataError
 from fv_distill.rng import SampleRng, derive_seed, generator_for
@@ -33,6 +34,12 @@ class BatchPlan:
     Each epoch is a permutation of the rows by (seed, epoch). Step k (from 0) takes the k-th slice of G rows of their
     endless concatenation, G = micro_batch_size * accumulation_steps * world_size. A rank owns a contiguous part of the
     slice, and a micro-batch a contiguous part of that. G may be larger than the data set.
+
+    Where rows have several shapes, each bucket of rows of one shape has such a concatenation of its own, and a step
+    takes a slice of one of them; see `batch_of_step`. So the shapes within a global batch are always equal.
+
+    Attributes:
+        buckets: `ParquetDataset.buckets`; None for rows of one shape.
     """
 
     seed: int
@@ -41,6 +48,7 @@ class BatchPlan:
     accumulation_steps: int
     world_size: int
     rank: int
+    buckets: Sequence[np.ndarray[Any, Any]] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_rows < 1:
@@ -50,6 +58,7 @@ class BatchPlan:
         if self.accumulation_steps < 1:
             raise ValueError(f"training.loop.gradient_accumulation_steps: {self.accumulation_steps} must be at least 1")
         assert 0 <= self.rank < self.world_size, f"rank {self.rank} of {self.world_size}"
+        assert self.buckets is None or sum(map(len, self.buckets)) == self.num_rows, "every row is in one bucket"
 
     @property
     def global_batch_size(self) -> int:
@@ -60,18 +69,28 @@ class BatchPlan:
         """This rank's (row, index in the global batch) pairs of `step`, counted from 0, one list per micro-batch."""
         per_rank = self.micro_batch_size * self.accumulation_steps
         first = self.rank * per_rank
-        start = step * self.global_batch_size + first
-        pairs = list(zip(self._rows(start, per_rank), range(first, first + per_rank), strict=True))
+        pairs = list(zip(self._rows(step, first, per_rank), range(first, first + per_rank), strict=True))
         return [pairs[i : i + self.micro_batch_size] for i in range(0, per_rank, self.micro_batch_size)]
 
-    def _rows(self, start: int, count: int) -> list[int]:
-        """Rows at the positions [start, start + count) of the concatenated permutations."""
-        rows: list[int] = []
-        while len(rows) < count:
-            epoch, offset = divmod(start + len(rows), self.num_rows)
-            part = _permutation(self.seed, epoch, self.num_rows)[offset : offset + count - len(rows)]
-            rows.extend(part.tolist())
-        return rows
+    def _rows(self, step: int, first: int, count: int) -> list[int]:
+        """The rows [first, first + count) of a step's global batch."""
+        size = self.global_batch_size
+        if self.buckets is None or len(self.buckets) == 1:
+            order = functools.partial(_permutation, self.seed, num_rows=self.num_rows)
+            return _stream(order, self.num_rows, step * size + first, count)
+        sizes = tuple(map(len, self.buckets))
+        bucket, batch = batch_of_step(step, seed=self.seed, bucket_sizes=sizes, batch_size=size)
+        order = functools.partial(bucket_permutation, self.seed, bucket=bucket, num_rows=sizes[bucket])
+        return self.buckets[bucket][_stream(order, sizes[bucket], batch * size + first, count)].tolist()
+
+
+def _stream(order: Callable[[int], Tensor], num_rows: int, start: int, count: int) -> list[int]:
+    """What is at the positions [start, start + count) of the concatenation of all epochs' orders."""
+    rows: list[int] = []
+    while len(rows) < count:
+        epoch, offset = divmod(start + len(rows), num_rows)
+        rows.extend(order(epoch)[offset : offset + count - len(rows)].tolist())
+    return rows
 
 
 # Two, as a batch may straddle the end of an epoch.
@@ -297,7 +316,7 @@ def _check_alike(name: str, first: Row, row: Row) -> None:
     if ours[skip:] != theirs[skip:]:
         raise DataError(
             f"{first.place} and {row.place} are in one batch, but their {name} have the shapes {list(ours)} and "
-            f"{list(theirs)}; set training.data.train_batch_size: 1, or training.data.data_path to data of one shape"
+            f"{list(theirs)}; give the BatchPlan the data set's buckets, or train on data of one shape"
         )
 
 

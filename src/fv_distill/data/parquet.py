@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fv_distill.data.arrow_cache import memory_mapped
+from fv_distill.data.buckets import Shapes, fits, group_rows, read_shapes
 from fv_distill.data.schema import (
     DATA_PATH_KEY,
     REQUIRED_TENSORS,
@@ -58,6 +59,9 @@ class ParquetDataset(Dataset[dict[str, Any]]):
         on_bad_row: "error" raises at a bad row; "skip" takes the next good row of the same data set instead.
         cache_dir: where `datasets` keeps its Arrow copy; None for its default (`HF_DATASETS_CACHE`).
 
+    Attributes:
+        buckets: the rows of each combination of shapes, by which a `BatchPlan` keeps batches to one of them.
+
     Raises:
         FileNotFoundError: if a path doesn't exist.
         ParquetSchemaError: if a file's columns aren't those of the schema; found from metadata, before any conversion.
@@ -88,6 +92,7 @@ class ParquetDataset(Dataset[dict[str, Any]]):
         self.tensors = _common_tensors(self._sources, wanted)
         counts = [len(source) * repeat for source, repeat in zip(self._sources, self._repeats.values(), strict=True)]
         self._ends = list(itertools.accumulate(counts))
+        self.buckets = self._make_buckets()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -110,19 +115,30 @@ class ParquetDataset(Dataset[dict[str, Any]]):
             DataError: naming file, row and column of a bad row.
         """
         source, row = self._locate(index)
-        for offset in range(len(source)):
+        for place in source.alike_from(row):
             try:
-                place = (row + offset) % len(source)
-                return source.read(place, self.tensors, replaced=offset > 0, check_values=check_values)
+                return source.read(place, self.tensors, replaced=place != row, check_values=check_values)
             except DataError:
                 if self.on_bad_row == "error":
                     raise
-        raise DataError(f"{DATA_PATH_KEY}: every row of {source.path} is bad")
+        raise DataError(f"{DATA_PATH_KEY}: every row of {source.path} with shapes like row {row}'s is bad")
 
     def describe(self, index: int) -> str:
         """The file of a row, and the row's number in it."""
         source, row = self._locate(index)
         return source.describe(row)
+
+    def shapes_of(self, index: int) -> Shapes:
+        """The shapes of a row's tensors; rows with equal ones may share a batch."""
+        source, row = self._locate(index)
+        return source.shapes[row]
+
+    def _make_buckets(self) -> list[np.ndarray]:
+        names = [name for name in self.tensors if name not in REQUIRED_TENSORS]
+        for source in self._sources:
+            source.read_shapes(names)
+        parts = zip(self._sources, self._repeats.values(), strict=True)
+        return group_rows([shapes for source, repeat in parts for shapes in source.shapes * repeat])
 
     def _locate(self, index: int) -> tuple["_Source", int]:
         if not 0 <= index < len(self):
@@ -146,7 +162,7 @@ class _SourceFiles:
 
     @classmethod
     def find(cls, path: str, wanted: Sequence[str] | None, required: Sequence[str]) -> "_SourceFiles":
-        files = list(_parquet_files(path))
+        files = find_parquet_files(path)
         if not files:
             raise DataError(f"{DATA_PATH_KEY}: {path} is an empty data set: it holds no *.parquet file")
         tensors, scalars, num_rows = check_schema(files, wanted, required=required)
@@ -159,7 +175,7 @@ class _SourceFiles:
 
 
 class _Source:
-    """One data set, as memory-mapped Arrow; its first good row says which shapes the others must have."""
+    """One data set, as memory-mapped Arrow; its first good row says what the others must be like, see `fits`."""
 
     def __init__(
         self, plan: _SourceFiles, *, cache_dir: str | os.PathLike[str] | None, on_bad_row: Literal["error", "skip"]
@@ -175,6 +191,7 @@ class _Source:
         self._reference: dict[str, torch.Size] = {}
         self._find_reference(plan.tensors, on_bad_row)
         self.tensors = [name for name in plan.tensors if name in self._reference]
+        self.shapes: list[Shapes] = []
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -183,6 +200,15 @@ class _Source:
         file = bisect.bisect_right(self._ends, row)
         start = self._ends[file - 1] if file else 0
         return f"{self._files[file]}: row {row - start}"
+
+    def read_shapes(self, tensors: Sequence[str]) -> None:
+        """Note the shapes of each row's tensors in `shapes`."""
+        self.shapes = read_shapes(self._rows.data, tensors, self._reference)
+
+    def alike_from(self, row: int) -> Iterator[int]:
+        """The row and all others of its shapes, behind it and then from the beginning."""
+        places = itertools.chain(range(row, len(self)), range(row))
+        return (place for place in places if self.shapes[place] == self.shapes[row])
 
     def read(self, row: int, tensors: Sequence[str], *, replaced: bool, check_values: bool) -> Row:
         """Decode and check one row.
@@ -197,7 +223,7 @@ class _Source:
         decoded: dict[str, Tensor] = {}
         for name in tensors:
             try:
-                value = _decode(table, name, check_values=check_values)
+                value = decode_tensor(table, name, check_values=check_values)
             except ValueError as error:
                 raise self._bad(row, name, str(error)) from error
             if value is not None:
@@ -232,9 +258,7 @@ class _Source:
             raise self._bad(row, name, f"it {here}, but {self._reference_place} of the same data set {there}")
         if value is None or expected is None:
             return
-        # Texts differ in their number of tokens.
-        first = 1 if name == "text_embedding" else 0
-        if value.shape[first:] != expected[first:]:
+        if not fits(name, value.shape, expected):
             found = f"shape {list(value.shape)} differs from {list(expected)} of {self._reference_place}"
             raise self._bad(row, name, f"{found} of the same data set")
 
@@ -250,7 +274,7 @@ def batch_dtype(stored: torch.dtype) -> torch.dtype:
     return torch.float32 if stored.is_floating_point else stored
 
 
-def _decode(table: pa.Table, name: str, *, check_values: bool) -> Tensor | None:
+def decode_tensor(table: pa.Table, name: str, *, check_values: bool) -> Tensor | None:
     """A view of one tensor of a one-row table, or None if it is empty.
 
     Raises:
@@ -309,13 +333,18 @@ def _parse_data_path(data_path: DataPath) -> dict[str, int]:
     return {os.fspath(path): repeat for path, repeat in repeats.items()}
 
 
-def _parquet_files(path: str) -> Iterator[Path]:
+def find_parquet_files(path: str) -> list[Path]:
+    """The parquet files of a directory, at any depth and in order, or the one that the path is.
+
+    Raises:
+        FileNotFoundError: if there is no such path.
+    """
     root = Path(path).expanduser().absolute()
     if not root.exists():
         raise FileNotFoundError(
             f"{DATA_PATH_KEY}: {path} does not exist; give a parquet file or a directory of parquet files"
         )
-    yield from [root] if root.is_file() else sorted(root.rglob("*.parquet"))
+    return [root] if root.is_file() else sorted(root.rglob("*.parquet"))
 
 
 def _common_tensors(sources: Sequence[_Source], wanted: Sequence[str] | None) -> list[str]:

@@ -25,7 +25,12 @@ class Encoders(ABC):
         device: where they compute.
         dtype: of their weights.
         text_length: the number of tokens that text embeddings are padded to.
+
+    Attributes:
+        vae: the diffusers autoencoder; families make it a cached property.
     """
+
+    vae: Any
 
     def __init__(self, directory: Path, *, device: torch.device, dtype: torch.dtype, text_length: int) -> None:
         self.directory = directory
@@ -47,6 +52,15 @@ class Encoders(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Raw VAE latents to video `[B, 3, F, H, W]` in [0, 1], fp32."""
+
+    def tile_vae(self, *, enabled: bool) -> None:
+        """Encode and decode in overlapping tiles, one clip at a time, which takes less memory; or in one piece."""
+        if enabled:
+            self.vae.enable_tiling()
+            self.vae.enable_slicing()
+        else:
+            self.vae.disable_tiling()
+            self.vae.disable_slicing()
 
     def encode_images(self, video: Tensor) -> dict[str, Tensor]:
         """What an image-to-video network sees of videos `[B, 3, F, H, W]`: data column -> tensor, first dimension B.

@@ -69,7 +69,10 @@ class ContextGroups:
 
 
 def enable_context_parallelism(
-    accelerator: Accelerator, groups: ContextGroups, models: Mapping[str, ModelBase], latent_shape: Sequence[int]
+    accelerator: Accelerator,
+    groups: ContextGroups,
+    models: Mapping[str, ModelBase],
+    latent_shapes: Sequence[Sequence[int]],
 ) -> None:
     """Let each group share the tokens of every network's calls; before the networks are wrapped or sharded.
 
@@ -77,14 +80,15 @@ def enable_context_parallelism(
         accelerator: of the run.
         groups: which processes share.
         models: every role of the method.
-        latent_shape: `[C, T, H, W]` of the clips.
+        latent_shapes: `[C, T, H, W]` of each bucket of clips.
 
     Raises:
         ValueError: naming the role that can't, and why.
     """
     for role, model in models.items():
         try:
-            model.check_context_parallel(groups.degree, latent_shape)
+            for latent_shape in latent_shapes:
+                model.check_context_parallel(groups.degree, latent_shape)
         except ValueError as error:
             raise ValueError(f"{_KEY}={groups.degree}, but models.{role} can't do with that: {error}") from error
     # diffusers splits over "ring" and "ulysses" together; ring attention would need other kernels.

@@ -248,11 +248,29 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
     """Find out before training what would otherwise fail during it or after it.
 
     Raises:
-        ValueError: if the first row doesn't fit the student, or no stock scheduler can sample the export asked for.
+        ValueError: if the first row of a shape doesn't fit the student, or no stock scheduler can sample the export
+            asked for.
         FileExistsError: if the export would replace something else than an export.
     """
-    row, student = dataset[0], method.models["student"]
-    num_frames = None
+    student = method.models["student"]
+    if student.reads_text:
+        student.check_prompts(method.prompts())
+    elif config.training.data.caption_dropout:
+        raise ValueError(
+            f"training.data.caption_dropout={config.training.data.caption_dropout:g}, but {type(student).__name__} "
+            "reads no text; leave the key out"
+        )
+    for rows in dataset.buckets:
+        _check_row(dataset[int(rows[0])], method, config)
+    if config.pipeline.export_dir is not None:
+        check_output(Path(config.pipeline.export_dir), student.directory, overwrite=True)
+    # A causal student streams without a scheduler.
+    if method.few_step_sigmas is not None and not isinstance(student, CausalModelBase):
+        _check_export(method, student.directory, wanted=config.pipeline.export_dir is not None)
+
+
+def _check_row(row: Mapping[str, Any], method: TrainingMethod, config: RunConfig) -> None:
+    student, num_frames = method.models["student"], None
     if "vae_latent" in row:
         latent_shape, num_frames = tuple(row["vae_latent"].shape), row.get("num_frames")
     elif STATES in row:
@@ -267,12 +285,6 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
     student.check_latent_shape(latent_shape, num_frames=num_frames)
     if student.reads_text:
         student.check_text(tuple(row["text_embedding"].shape))
-        student.check_prompts(method.prompts())
-    elif config.training.data.caption_dropout:
-        raise ValueError(
-            f"training.data.caption_dropout={config.training.data.caption_dropout:g}, but {type(student).__name__} "
-            "reads no text; leave the key out"
-        )
     shapes = {name: tuple(value.shape) for name, value in row.items() if isinstance(value, Tensor)}
     student.check_conditions(shapes, latent_shape)
     conditions = sorted(student.condition_shapes(latent_shape))
@@ -283,11 +295,6 @@ def check_run(dataset: ParquetDataset, method: TrainingMethod, config: RunConfig
                 f"models.{role} is conditioned on {', '.join(own) or 'text alone'}, but the student on "
                 f"{', '.join(conditions) or 'text alone'}; give both the same _target_"
             )
-    if config.pipeline.export_dir is not None:
-        check_output(Path(config.pipeline.export_dir), student.directory, overwrite=True)
-    # A causal student streams without a scheduler.
-    if method.few_step_sigmas is not None and not isinstance(student, CausalModelBase):
-        _check_export(method, student.directory, wanted=config.pipeline.export_dir is not None)
 
 
 def _check_export(method: TrainingMethod, directory: Path, *, wanted: bool) -> None:

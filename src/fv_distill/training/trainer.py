@@ -72,10 +72,11 @@ class Trainer:
             accumulation_steps=training.loop.gradient_accumulation_steps,
             world_size=self.groups.num_groups,
             rank=self.groups.group,
+            buckets=dataset.buckets,
         )
         callbacks.call("on_before_prepare", self)
         if self.groups.degree > 1:
-            enable_context_parallelism(accelerator, self.groups, self.models, self.latent_shape)
+            enable_context_parallelism(accelerator, self.groups, self.models, self.latent_shapes)
         self.roles = prepare_roles(
             accelerator,
             method,
@@ -205,8 +206,16 @@ class Trainer:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """`[C, T, H, W]` of what is trained on: the clips', the paths', or `training.data.latent_shape`."""
-        row = self.dataset[0]
+        """`[C, T, H, W]` of what is trained on: the first of `latent_shapes`."""
+        return self._latent_shape_of(0)
+
+    @property
+    def latent_shapes(self) -> list[tuple[int, ...]]:
+        """Those of every bucket: the clips', the paths', or `training.data.latent_shape`."""
+        return [self._latent_shape_of(int(rows[0])) for rows in self.dataset.buckets]
+
+    def _latent_shape_of(self, index: int) -> tuple[int, ...]:
+        row = self.dataset[index]
         if "vae_latent" in row:
             return tuple(row["vae_latent"].shape)
         if STATES in row:

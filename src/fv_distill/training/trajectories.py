@@ -5,6 +5,7 @@ So a killed run goes on where it was, with any number of processes, and ends wit
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -108,7 +109,15 @@ class TrajectoryCache:
         size = self.options.trajectories_per_file
         paths = range(file * size, min((file + 1) * size, self.num_paths))
         for first in range(paths.start, paths.stop, self.options.trajectory_batch_size):
-            yield from self._batch(paths[first - paths.start :][: self.options.trajectory_batch_size], teacher, device)
+            chunk = paths[first - paths.start :][: self.options.trajectory_batch_size]
+            for part in self._of_one_shape(chunk):
+                yield from self._batch(part, teacher, device)
+
+    def _of_one_shape(self, paths: range) -> Iterator[range]:
+        """The paths cut where the next one's row has other shapes."""
+        for _, group in itertools.groupby(paths, key=lambda path: self.dataset.shapes_of(path % len(self.dataset))):
+            members = list(group)
+            yield range(members[0], members[-1] + 1)
 
     def _batch(self, paths: range, teacher: ModelBase, device: torch.device) -> Iterator[dict[str, Any]]:
         data, options = self.config.training.data, self.options

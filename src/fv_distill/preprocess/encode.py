@@ -1,0 +1,122 @@
+"""From frames and captions to the tensors of a row."""
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor
+
+from fv_distill.models.encoders import Encoders
+from fv_distill.models.pretrained import load_component_config
+
+from .decode import BadClipError
+
+# Above 720p the activations of a whole frame pass what a device of 24 GB has beside the VAE.
+TILING_AREA = 1280 * 720
+_TEMPORAL_KEYS = ("scale_factor_temporal", "temporal_compression_ratio")
+_SPATIAL_KEYS = ("scale_factor_spatial", "spatial_compression_ratio")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What clips have to fit.
+
+    Attributes:
+        temporal_factor: n in n k + 1 frames, which make k + 1 latent frames.
+        multiple: of both sides, in pixels: the VAE's factor times the network's patch.
+    """
+
+    temporal_factor: int
+    multiple: int
+
+    def check_num_frames(self, num_frames: int) -> None:
+        """Raise a ValueError for a number of frames that is no n k + 1, naming the nearest two."""
+        over = (num_frames - 1) % self.temporal_factor
+        if over:
+            below = num_frames - over
+            raise ValueError(
+                f"num-frames: {num_frames} is not {self.temporal_factor}k+1, which this model's VAE needs; take "
+                f"{below} or {below + self.temporal_factor}"
+            )
+
+
+def read_geometry(directory: Path) -> Geometry:
+    """The geometry of a pipeline directory.
+
+    Raises:
+        FileNotFoundError: if it has no VAE.
+        ValueError: if the VAE's config doesn't tell its factors.
+    """
+    vae = load_component_config(directory, "vae")
+    network = directory / "transformer" / "config.json"
+    patch = json.loads(network.read_text()).get("patch_size", 1) if network.is_file() else 1
+    patch = patch[-1] if isinstance(patch, list) else patch
+    return Geometry(_factor(vae, _TEMPORAL_KEYS, directory), _factor(vae, _SPATIAL_KEYS, directory) * patch)
+
+
+def _factor(vae: dict[str, Any], keys: Sequence[str], directory: Path) -> int:
+    # Older directories leave out what is their class's default.
+    kind = getattr(diffusers, vae.get("_class_name", ""), None)
+    defaults = {} if kind is None else inspect.signature(kind.__init__).parameters
+    for key in keys:
+        if vae.get(key) is not None:
+            return int(vae[key])
+        if key in defaults and isinstance(defaults[key].default, int):
+            return defaults[key].default
+    raise ValueError(f"{directory}/vae/config.json has none of {', '.join(keys)}; clips can't be fitted to it")
+
+
+def encode_captions(encoders: Encoders, captions: Sequence[str], dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """What each caption's row stores: the embedding without padding, and what else the family makes of text.
+
+    Args:
+        encoders: of the family.
+        captions: together one batch.
+        dtype: that floating tensors are stored in.
+
+    Raises:
+        ValueError: for a family whose encoders make no text embedding.
+    """
+    encoded = encoders.encode_prompts(captions)
+    if encoded.text is None:
+        raise ValueError(f"{type(encoders).__name__} makes no text embedding, which every row has")
+    rows = []
+    for index in range(len(captions)):
+        text = encoded.text[index]
+        if encoded.text_mask is not None:
+            text = text[encoded.text_mask[index].to(text.device)]
+        row = {"text_embedding": text, **{name: value[index] for name, value in encoded.extras.items()}}
+        rows.append({name: _stored(value, dtype) for name, value in row.items()})
+    return rows
+
+
+def encode_clip(encoders: Encoders, frames: np.ndarray, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The raw latents of a clip, and the image conditions of families that have some.
+
+    Args:
+        encoders: of the family.
+        frames: uint8 `[F, H, W, 3]`.
+        dtype: that floating tensors are stored in.
+
+    Raises:
+        BadClipError: if what comes out is not finite.
+    """
+    # As bytes to the device, where a float takes four times the room.
+    pixels = torch.from_numpy(frames).to(encoders.device, non_blocking=True)
+    video = pixels.permute(3, 0, 1, 2)[None].float() / 255
+    encoded = {"vae_latent": encoders.encode_video(video), **encoders.encode_images(video)}
+    row = {name: _stored(value[0], dtype) for name, value in encoded.items()}
+    bad = [name for name, value in row.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise BadClipError("not finite", f"{', '.join(bad)}: the VAE overflows; try --vae-dtype float32")
+    return row
+
+
+def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return (value.to(dtype) if value.is_floating_point() else value).cpu()
