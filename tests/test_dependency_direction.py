@@ -64,6 +64,7 @@ PERMITTED = {
     },
     "callbacks": {"fv_distill.methods.base", "fv_distill.models.base", "fv_distill.models.conditioning"},
     "evaluation": {"fv_distill.callbacks.video_files"},
+    "preprocess": {"fv_distill.callbacks.video_files"},
 }
 NO_CONCRETE_MODEL = {"data", "export", "evaluation"}
 MODEL_BASES = {
