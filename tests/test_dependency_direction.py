@@ -21,13 +21,13 @@ ALLOWED_PARTS = {
     "rng": set(),
     "schedules": set(),
     "losses": set(),
-    "rollouts": {"schedules", "models.base", "models.conditioning", "models.kv_cache", "rng"},
+    "rollouts": {"schedules", "models.base", "models.causal_base", "models.conditioning", "models.kv_cache", "rng"},
     "models": {"schedules", "rng", "lora"},
-    "methods": {"losses", "rollouts", "schedules", "rng", "models.base", "models.conditioning"},
+    "methods": {"losses", "rollouts", "schedules", "rng", "models.base", "models.causal_base", "models.conditioning"},
     # Written against the base classes; training/estimating.py puts a config's own classes in.
     "estimate": {
         *("methods.base", "methods.calls", "methods.options", "rollouts.ode", "rng", "console"),
-        *("models.base", "models.conditioning", "models.pretrained", "models.quantization"),
+        *("models.base", "models.causal_base", "models.conditioning", "models.pretrained", "models.quantization"),
         "models.transformers.block_causal",
     },
     "hardware": set(),
@@ -58,17 +58,22 @@ PERMITTED = {
         "fv_distill.methods.base",
         "fv_distill.methods.options",
         "fv_distill.models.base",
+        "fv_distill.models.causal_base",
         "fv_distill.models.conditioning",
         "fv_distill.models.pipeline_index",
         "fv_distill.models.quantization",
     },
-    "callbacks": {"fv_distill.methods.base", "fv_distill.models.base", "fv_distill.models.conditioning"},
+    "callbacks": {
+        "fv_distill.methods.base",
+        *(f"fv_distill.models.{name}" for name in ("base", "causal_base", "conditioning")),
+    },
     "evaluation": {"fv_distill.callbacks.video_files"},
     "preprocess": {"fv_distill.callbacks.video_files"},
 }
 NO_CONCRETE_MODEL = {"data", "export", "evaluation"}
 MODEL_BASES = {
-    f"fv_distill.models.{name}" for name in ("base", "conditioning", "pretrained", "pipeline_index", "quantization")
+    f"fv_distill.models.{name}"
+    for name in ("base", "causal_base", "conditioning", "pretrained", "pipeline_index", "quantization")
 }
 FAMILIES = {
     *("wan", "wan_causal", "hunyuan", "cosmos", "longcat", "matrixgame2", "matrixgame2_causal", "kandinsky5", "ltx2")

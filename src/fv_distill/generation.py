@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fv_distill.models
-from fv_distill.models.base import CausalModelBase
+from fv_distill.models.causal_base import CausalModelBase
 from fv_distill.models.conditioning import IMAGE_COLUMNS, Conditioning
 from fv_distill.models.kv_cache import KVCache
 from fv_distill.models.pretrained import load_component_config, resolve_directory

@@ -4,6 +4,7 @@ Modes are chosen as users choose them, by the files of `configs/accelerate`: a r
 `accelerate launch` makes of one. Two launches make all runs, see `parallel_runs.py`.
 """
 
+import importlib.util
 import json
 
 import numpy as np
@@ -43,9 +44,11 @@ METHODS = {
     # Student and critic are adapters on the teacher's network.
     "dmd2_adapters": shared_base_config,
     "self_forcing_adapters": shared_causal_base_config,
-    # The same on quantised weights.
-    "dmd2_adapters_int8": shared_base_config,
 }
+HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
+if HAS_TORCHAO:
+    # Adapters on quantised weights.
+    METHODS["dmd2_adapters_int8"] = shared_base_config
 ADAPTERS = ("dmd2_adapters", "self_forcing_adapters", "dmd2_adapters_int8")
 CRITICAL = ("dmd2", "self_forcing", "self_forcing_windowed", *ADAPTERS)
 ACCUMULATING = {"training.data.train_batch_size": 1, "training.loop.gradient_accumulation_steps": 2}
@@ -89,11 +92,6 @@ REFUSED = {
         Run("self_forcing", DDP, SHARED),
         "context_parallel_degree=2, but models.student can't do with that: CausalWanModel is causal",
     ),
-    "quantised-sharded": (
-        Run("dmd2_adapters_int8", FSDP2),
-        "models.teacher.quantization=int8, but this launch shards networks, which quantised weights don't take; "
-        "launch without FSDP",
-    ),
     "three-of-two": (
         Run("finetune", DDP, {"training.distributed.context_parallel_degree": 3}),
         "context_parallel_degree=3 does not divide the number of processes, 2",
@@ -104,6 +102,12 @@ REFUSED = {
     ),
     "fsdp1": (Run("finetune", FSDP2, environment={"FSDP_VERSION": "1"}), "set fsdp_version: 2"),
 }
+if HAS_TORCHAO:
+    REFUSED["quantised-sharded"] = (
+        Run("dmd2_adapters_int8", FSDP2),
+        "models.teacher.quantization=int8, but this launch shards networks, which quantised weights don't take; "
+        "launch without FSDP",
+    )
 EQUAL_ON_FOUR = {
     "dmd2-hsdp": Run("dmd2", HSDP),
     "dmd2-hsdp-shared-teacher-replicated": Run("dmd2", HSDP, SHARED | teacher("replicated")),
@@ -137,7 +141,8 @@ def configs(tiny_wan, tiny_rows, folder, prompts):
         if method in ADAPTERS:
             config["training"]["optimizer"]["learning_rate"] = 10.0
             config["method"]["fake_score_learning_rate"] = 4.0
-    configs["dmd2_adapters_int8"]["models"]["teacher"]["quantization"] = "int8"
+    if HAS_TORCHAO:
+        configs["dmd2_adapters_int8"]["models"]["teacher"]["quantization"] = "int8"
     configs["self_forcing_windowed"]["models"]["student"] |= {"local_window": 1, "sink_frames": 1}
     configs["self_forcing_windowed"]["method"]["gradient_replay"] = False
     validation = {"dataset_file": prompts, "sampling_steps": [2], "every_steps": 4}

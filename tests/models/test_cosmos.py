@@ -147,7 +147,8 @@ def test_given_frames_are_part_of_a_batch_and_cost_nothing(directory):
     zeros = model.prepare_batch(batch_of(model, latents), latents_source="zeros")
     assert torch.equal(zeros.conditioning.extras["first_frame_latent"], prepared.latents[:, :, :1])
     rows = batch_of(model, latents)
-    rows |= {"first_frame_latent": rows.pop("vae_latent")[:, :, :1], "latent_shape": latents.shape[1:]}
+    del rows["vae_latent"]
+    rows |= {"first_frame_latent": prepared.latents[:, :, :1], "latent_shape": latents.shape[1:]}
     own = model.prepare_batch(rows, latents_source="zeros").conditioning
     assert torch.equal(own.extras["first_frame_latent"], prepared.latents[:, :, :1])
     # `cfg_uncond.image: drop` is Text2World.

@@ -14,6 +14,8 @@ from fv_distill.export import convert
 from fv_distill.models.quantization import quantize_network, stored_bytes
 from fv_distill.training.building import build_models
 
+pytest.importorskip("torchao", reason="pip install -e '.[quantization]'")
+
 # Bytes of a weight without the scales, and the relative error of the velocity that the tiny network may have.
 KINDS = {"int8": (1.0, 0.01), "float8": (1.0, 0.04), "nf4": (0.5, 0.15)}
 

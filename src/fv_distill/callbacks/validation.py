@@ -27,7 +27,7 @@ from fv_distill.export.call_arguments import (
 from fv_distill.export.guider import set_guider
 from fv_distill.export.scheduler import few_step_scheduler_for
 from fv_distill.generation import DEFAULT_GUIDANCE, even_sigmas, stream_clip
-from fv_distill.models.base import CausalModelBase
+from fv_distill.models.causal_base import CausalModelBase
 from fv_distill.models.conditioning import Conditioning
 from fv_distill.prompts import Prompt, read_prompt_rows
 from fv_distill.rng import derive_seed, generator_for

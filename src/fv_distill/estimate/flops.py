@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fv_distill.methods.base import TrainingMethod
 from fv_distill.methods.calls import NetworkCall
-from fv_distill.models.base import CausalModelBase, ModelBase
+from fv_distill.models.base import ModelBase
+from fv_distill.models.causal_base import CausalModelBase
 from fv_distill.models.conditioning import Conditioning
 from fv_distill.models.transformers.block_causal import visible_history
 

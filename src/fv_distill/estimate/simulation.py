@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fv_distill.methods.base import TrainingMethod
-from fv_distill.models.base import CausalModelBase, ModelBase
+from fv_distill.models.base import ModelBase
+from fv_distill.models.causal_base import CausalModelBase
 
 from .depth import DEEPER, SHALLOW, can_be_cut, cut_to, extrapolate, find_blocks
 from .layout import Layout

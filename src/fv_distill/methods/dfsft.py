@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fv_distill.losses.flow_matching import errors_by_sigma, flow_matching_loss
-from fv_distill.models.base import CausalModelBase, ModelBase, causal_adapters
+from fv_distill.models.base import ModelBase
+from fv_distill.models.causal_base import CausalModelBase, causal_adapters
 from fv_distill.rng import SampleRng
 from fv_distill.schedules import flow
 from fv_distill.schedules.shift import shift_sigma, unshift_sigma

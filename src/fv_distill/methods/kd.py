@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fv_distill.losses.regression import x0_regression_loss
-from fv_distill.models.base import CausalModelBase, ModelBase, causal_adapters
+from fv_distill.models.base import ModelBase
+from fv_distill.models.causal_base import CausalModelBase, causal_adapters
 from fv_distill.models.conditioning import Conditioning
 from fv_distill.rng import SampleRng
 from fv_distill.rollouts.ode import STATES, TIMESTEPS

@@ -10,7 +10,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from fv_distill.losses.distribution_matching import direction_loss
-from fv_distill.models.base import CausalModelBase, ModelBase, causal_adapters
+from fv_distill.models.base import ModelBase
+from fv_distill.models.causal_base import CausalModelBase, causal_adapters
 from fv_distill.models.conditioning import PreparedBatch
 from fv_distill.rng import SampleRng
 from fv_distill.rollouts.autoregressive import Rollout, autoregressive_rollout

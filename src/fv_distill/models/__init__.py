@@ -5,7 +5,8 @@ from fv_distill._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "base": ["CausalModelBase", "ModelBase"],
+        "base": ["ModelBase"],
+        "causal_base": ["CausalModelBase"],
         "conditioning": ["Conditioning", "PreparedBatch", "UncondPolicy", "unconditional"],
         "cosmos": ["CosmosModel"],
         "hunyuan": ["HunyuanVideoModel"],

@@ -60,6 +60,8 @@ def give_frames(
         count: how many are given.
         normalize: the adapter's `normalize_latents`.
 
+    Raises:
+        ValueError: if the rows have none of these.
     """
     extras = {name: value for name, value in conditioning.extras.items() if name != COLUMN}
     if count == 0:
@@ -68,8 +70,10 @@ def give_frames(
         frames = normalize(batch["vae_latent"][:, :, :count])
     elif _PATHS in batch:
         frames = batch[_PATHS][:, -1, :, :count].float()
-    else:
+    elif COLUMN in batch and batch[COLUMN].shape[2] == count:
         frames = batch[COLUMN].float()
+    else:
+        raise ValueError(f"the rows hold neither clips nor a {COLUMN} of {count} latent frames, which are given here")
     return replace(conditioning, extras={**extras, COLUMN: frames})
 
 

@@ -1,7 +1,6 @@
 """Cosmos-Predict2.5, and Cosmos-Predict2 Video2World, over diffusers' `CosmosTransformer3DModel`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -11,9 +10,9 @@ from diffusers.models.transformers import transformer_cosmos
 from torch import Tensor, nn
 
 from .base import ModelBase
+from .clean_frames import COLUMN, give_frames
 from .conditioning import Conditioning
 from .cosmos_encoders import PIPELINES, CosmosEncoders
-from .given_frames import COLUMN, read_given_frames
 from .latent_checks import check_clip_shape
 from .pretrained import load_component_config, read_pipeline_class, read_vae_factors
 from .prompt_file import read_prompt_file
@@ -239,9 +238,4 @@ class CosmosModel(ModelBase):
             )
 
     def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
-        conditioning = super()._conditioning(batch)
-        count = self.condition_frames
-        if not count:
-            return conditioning
-        frames = self.normalize_latents(read_given_frames(batch, count, key=f"models.<role>.condition_frames={count}"))
-        return replace(conditioning, extras={**conditioning.extras, COLUMN: frames})
+        return give_frames(super()._conditioning(batch), batch, self.condition_frames, self.normalize_latents)

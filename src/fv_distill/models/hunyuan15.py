@@ -1,7 +1,6 @@
 """HunyuanVideo 1.5, text-to-video and image-to-video, over diffusers' `HunyuanVideo15Transformer3DModel`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -10,8 +9,8 @@ from diffusers import HunyuanVideo15Transformer3DModel
 from torch import Tensor, nn
 
 from .base import ModelBase
+from .clean_frames import COLUMN, give_frames
 from .conditioning import Conditioning
-from .given_frames import COLUMN, read_given_frames
 from .hunyuan15_encoders import IMAGE_PIPELINE, PIPELINES, HunyuanVideo15Encoders
 from .latent_checks import check_clip_shape
 from .pretrained import load_component_config, read_pipeline_class, read_vae_factors
@@ -147,8 +146,4 @@ class HunyuanVideo15Model(ModelBase):
             )
 
     def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
-        conditioning = super()._conditioning(batch)
-        if not self.sees_an_image:
-            return conditioning
-        frame = self.normalize_latents(read_given_frames(batch, 1, key="this network animates an image"))
-        return replace(conditioning, extras={**conditioning.extras, COLUMN: frame})
+        return give_frames(super()._conditioning(batch), batch, int(self.sees_an_image), self.normalize_latents)

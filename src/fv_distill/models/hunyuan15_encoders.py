@@ -9,9 +9,9 @@ from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15ImageToVideoPip
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
+from .clean_frames import COLUMN
 from .conditioning import Conditioning
 from .encoders import Encoders, vae_without_weights
-from .given_frames import COLUMN
 from .pretrained import read_pipeline_class
 
 IMAGE_PIPELINE = HunyuanVideo15ImageToVideoPipeline.__name__
@@ -73,7 +73,8 @@ class HunyuanVideo15Encoders(Encoders):
         features = [
             pipeline.encode_image(image, batch_size=1, device=self.device, dtype=torch.float32) for image in images
         ]
-        return {"clip_feature": torch.cat(features), COLUMN: self.encode_video(video[:, :, :1])}
+        frame = self.encode_video(video[:, :, :1]) * self.vae.config.scaling_factor
+        return {"clip_feature": torch.cat(features), COLUMN: frame}
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

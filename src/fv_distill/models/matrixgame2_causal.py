@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .action_cache import ActionKVCache
-from .base import CausalModelBase, ModelBase
+from .base import ModelBase
+from .causal_base import CausalModelBase
 from .conditioning import Conditioning
 from .kv_cache import KVCache
 from .matrixgame2 import MatrixGame2Model

@@ -7,7 +7,8 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from .base import CausalModelBase, ModelBase
+from .base import ModelBase
+from .causal_base import CausalModelBase
 from .conditioning import Conditioning
 from .kv_cache import KVCache
 from .pretrained import load_network, read_flow_shift, resolve_directory

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fv_distill.models.base import CausalModelBase
+from fv_distill.models.causal_base import CausalModelBase
 from fv_distill.models.conditioning import Conditioning
 from fv_distill.models.kv_cache import KVCache
 from fv_distill.schedules import flow

@@ -24,7 +24,7 @@ from fv_distill.export.checkpoint_weights import (
     read_checkpoint_metadata,
     read_stored_tensors,
 )
-from fv_distill.models.base import CausalModelBase
+from fv_distill.models.causal_base import CausalModelBase
 
 from .checkpoint_save import PendingSave, reasons, start_save
 from .checkpoint_state import optimizer_facts, optimizer_tensors, restore_optimizer, role_tensors

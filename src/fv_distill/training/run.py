@@ -27,7 +27,8 @@ from fv_distill.export.convert import convert
 from fv_distill.export.diffusers_dir import check_output
 from fv_distill.export.scheduler import few_step_scheduler_for
 from fv_distill.methods.base import TrainingMethod
-from fv_distill.models.base import CausalModelBase, ModelBase
+from fv_distill.models.base import ModelBase
+from fv_distill.models.causal_base import CausalModelBase
 from fv_distill.rollouts.ode import STATES
 
 from .building import build_model, build_models, describe_role
