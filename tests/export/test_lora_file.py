@@ -1,6 +1,7 @@
 """A trained adapter through stock diffusers only: each form gives the network that was trained."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -99,6 +100,27 @@ def test_a_few_step_adapter_brings_its_scheduler(tiny_wan, tmp_path):
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(directory, subfolder="scheduler")
     scheduler.set_timesteps(2)
     assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.75, 0.0], abs=1e-5)
+
+
+def test_the_base_models_licence_comes_along(tiny_wan, tmp_path):
+    base = shutil.copytree(tiny_wan, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: other\nlicense_link: terms.md\n---\n")
+    for name in ("LICENSE.txt", "NOTICE", "terms.md"):
+        (base / name).write_text(f"the text of {name}")
+    _, lora = trained(base)
+    export_lora_directory(tmp_path / "lora", lora, info(base))
+    for name in ("LICENSE.txt", "NOTICE", "terms.md"):
+        assert (tmp_path / "lora" / name).read_text() == f"the text of {name}"
+
+
+def test_a_card_cannot_have_files_copied_from_elsewhere(tiny_wan, tmp_path):
+    base = shutil.copytree(tiny_wan, tmp_path / "base")
+    (tmp_path / "secret").write_text("mine")
+    (base / "README.md").write_text("---\nlicense: other\nlicense_link: ../secret\n---\n")
+    _, lora = trained(base)
+    (tmp_path / "out").mkdir()
+    export_lora_directory(tmp_path / "out" / "lora", lora, info(base))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lora"]
 
 
 def test_what_is_there_is_not_lost(tiny_wan, tmp_path):

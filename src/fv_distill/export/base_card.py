@@ -1,5 +1,6 @@
 """What the card of a base model says about its licence and its own origin."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def read_base_card(base_model: str, directory: Path) -> BaseCard:
     data = _front_matter(directory / "README.md")
     hub_id = base_model if is_hub_id(base_model) else data.get("base_model")
     link = data.get("license_link")
-    if isinstance(link, str) and "://" not in link and not (directory / link).is_file():
+    if isinstance(link, str) and "://" not in link and not _is_file_in(directory, link):
         link = f"https://huggingface.co/{base_model}/blob/main/{link}" if is_hub_id(base_model) else None
     return BaseCard(
         hub_id=hub_id if isinstance(hub_id, str) and is_hub_id(hub_id) else None,
@@ -50,6 +51,20 @@ def read_base_card(base_model: str, directory: Path) -> BaseCard:
         license_link=link,
         files=tuple(sorted(path.name for kind in _LICENCE_FILES for path in directory.glob(kind) if path.is_file())),
     )
+
+
+def _is_file_in(directory: Path, name: str) -> bool:
+    """Whether a card, which somebody else wrote, names a file of its own directory."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts and (directory / name).is_file()
+
+
+def copy_licence(base_card: BaseCard, directory: Path, output_dir: Path) -> None:
+    """Put a base model's licence files into an export that holds nothing else of its directory."""
+    link = base_card.license_link
+    linked = {link} if isinstance(link, str) and "://" not in link else set()
+    for name in sorted({*base_card.files, *linked}):
+        (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(directory / name, output_dir / name)
 
 
 def _front_matter(card: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from fv_distill.lora import LoraSpec
 from fv_distill.models.pipeline_index import component_class, network_folder, pipeline_class
 from fv_distill.models.pretrained import resolve_directory
 
+from .base_card import copy_licence, read_base_card
 from .diffusers_dir import check_output, replaced_directory
 from .model_card import write_model_card
 from .run_record import RunFiles, copy_run_assets
@@ -74,6 +75,7 @@ def export_lora_directory(
             scheduler.save_pretrained(partial / "scheduler")
         info = replace(info, lora_weights=DIFFUSERS_FILE, lora=asdict(lora.spec))
         write_info(partial, info)
+        copy_licence(read_base_card(info.base_model, base), base, partial)
         if run is not None:
             copy_run_assets(run, partial, step=info.step)
         write_model_card(partial / "README.md", info, name=info.hub_model_id or output_dir.name, base=base)
