@@ -42,11 +42,11 @@ TEXT_LENGTH = 8
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--clips", type=int, default=12)
     parser.add_argument("--source", default="720x1280", help="size of the clips")
-    parser.add_argument("--resolution", default="96x160", help="size of the rows")
-    parser.add_argument("--num-frames", type=int, default=17)
-    parser.add_argument("--vae-width", type=int, default=12, help="base_dim of the VAE; Wan's own has 96")
+    parser.add_argument("--resolution", default="48x80", help="size of the rows")
+    parser.add_argument("--num-frames", type=int, default=13)
+    parser.add_argument("--vae-width", type=int, default=8, help="base_dim of the VAE; Wan's own has 96")
     parser.add_argument("--workers", type=int, default=2, help="decoding threads")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", help="where the temporary files are made")

@@ -3,13 +3,12 @@
 import math
 
 from .estimate import Estimate
-from .memory import Phase
 
 RESERVE = 0.1
 """Share of a device that no tensor gets: the driver's context, NCCL's buffers, gaps between blocks of the allocator."""
 
 _SHARDED_PARTS = ("weights", "optimizer states", "average (EMA)", "gradients", "optimizer step")
-_NEVER_SHARDED = ("activations", "KV cache", "text encoder", "gradients kept whole")
+_NEVER_SHARDED = ("activations", "KV cache", "text encoder")
 _MAX_SHARDS = 4096
 
 
@@ -30,31 +29,16 @@ def advice(estimate: Estimate) -> list[str]:
     usable = usable_bytes(estimate)
     if usable is None or fits(estimate):
         return []
-    peak = estimate.peak
-    found = [*_on_checkpointing(estimate), *_on_accumulation(peak)]
-    found.sort(reverse=True)
-    return [text for _, text in found] + _on_sharding(estimate, usable)
+    return _on_checkpointing(estimate) + _on_sharding(estimate, usable)
 
 
-def _on_checkpointing(estimate: Estimate) -> list[tuple[int, str]]:
+def _on_checkpointing(estimate: Estimate) -> list[str]:
     roles = [role for role, is_on in estimate.checkpointing.items() if not is_on]
     if not roles or "activations" not in estimate.peak.parts:
         return []
     before = max(estimate.activations[role]["without"] for role in roles)
     after = max(estimate.activations[role]["with"] for role in roles)
-    text = f"set training.model.gradient_checkpointing: true: activations {gib(before)} -> {gib(after)}"
-    return [(before - after, text)]
-
-
-def _on_accumulation(peak: Phase) -> list[tuple[int, str]]:
-    kept = peak.parts.get("gradients kept whole")
-    if kept is None:
-        return []
-    text = (
-        "set training.loop.gradient_accumulation_steps: 1 and use more processes for the same global batch: between "
-        f"micro-batches FSDP2 keeps each process's gradients whole, {gib(kept)}"
-    )
-    return [(kept, text)]
+    return [f"set training.model.gradient_checkpointing: true: activations {gib(before)} -> {gib(after)}"]
 
 
 def _on_sharding(estimate: Estimate, usable: float) -> list[str]:

@@ -151,7 +151,6 @@ def make_estimate(
         layout=layout,
         averaged_bytes=averaged.trained_rank_bytes if averaged else 0,
         text_encoder_bytes=text_encoder_bytes,
-        accumulation_steps=clip.accumulation_steps,
     )
     shape = ClipShape(clip.batch_size, clip.latents, clip.text)
     costs = CallCosts(method.models, shape, layout)

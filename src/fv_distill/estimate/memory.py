@@ -80,7 +80,6 @@ def memory_phases(
     layout: Layout,
     averaged_bytes: int,
     text_encoder_bytes: int,
-    accumulation_steps: int,
 ) -> list[Phase]:
     """All phases: prompts being encoded, each update's passes, each optimizer's step.
 
@@ -91,7 +90,6 @@ def memory_phases(
         layout: where networks are.
         averaged_bytes: of the EMA's share on a process.
         text_encoder_bytes: whole; 0 where nothing is encoded.
-        accumulation_steps: micro-batches per step.
     """
     by_role = {size.role: size for size in roles}
     weights = {"weights": sum(size.rank_bytes for size in roles)}
@@ -114,8 +112,6 @@ def memory_phases(
             "KV cache": peak.kv_cache,
             **_gathered(roles, size, layout),
         }
-        if layout.is_sharded and accumulation_steps > 1:
-            passing["gradients kept whole"] = size.trained_bytes
         phases.append(Phase(f"{peak.role} update", {**kept, **passing}))
         step = {"gradients": size.gradient_bytes, "optimizer step": optimizers[peak.role].step_bytes}
         phases.append(Phase(f"{peak.role} optimizer step", {**kept, **step}))

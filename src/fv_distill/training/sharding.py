@@ -271,5 +271,8 @@ def _parameters(model: ModelBase) -> list[nn.Parameter]:
 
 
 def gradient_sync(accelerator: Accelerator, module: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
-    """Whether backward passes inside reduce gradients over processes: only the last micro-batch of a step has to."""
-    return nullcontext() if enabled else accelerator.no_sync(module)
+    """Whether backward passes inside reduce gradients over processes: only the last micro-batch of a step has to.
+
+    Where networks are sharded every one does: FSDP2 keeps unreduced gradients whole, 53 GiB for 14B parameters.
+    """
+    return nullcontext() if enabled or accelerator.is_fsdp2 else accelerator.no_sync(module)
