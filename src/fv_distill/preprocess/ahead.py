@@ -54,9 +54,8 @@ def decode_ahead(
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
-        planned = _in_order(
-            pool, lambda index: _plan(source, index, clip_format, needs_caption), indices, ahead=workers
-        )
+        plan = functools.partial(_plan, source, clip_format=clip_format, needs_caption=needs_caption)
+        planned = _in_order(pool, plan, indices, ahead=workers)
         jobs = (job for item in planned for job in item)
         yield from _in_order(pool, lambda job: _decode(job, clip_format), jobs, ahead=workers)
     finally:
