@@ -139,7 +139,8 @@ class Preprocessing:
         self.state.wait_for_everyone()
         summary = Summary(**json.loads((self.output / SUMMARY_FILE).read_text(encoding="utf-8")))
         if not summary.rows:
-            raise DataError(f"no row could be made of {self.options.data}: {'; '.join(summary.lines()[1:])}")
+            reasons = ", ".join(f"{count} skipped ({reason})" for reason, count in summary.skipped.items())
+            raise DataError(f"no row could be made of {self.options.data}: {reasons or 'nothing is there'}")
         return summary
 
     def _captions(self) -> Iterator[str]:
