@@ -114,3 +114,11 @@ def test_shared_base(tmp_path):
     result = run_benchmark(tmp_path, "shared_base", *small, "--latent-size", "4", "--steps", "1")
     assert set(result["peak_gb"]) == {"finetune", "shared", "three"}
     assert result["ratio_to_three_networks"] < 0.8
+
+
+@pytest.mark.slow
+def test_preprocess(tmp_path):
+    small = ["--clips", "2", "--source", "64x96", "--resolution", "32x48", "--num-frames", "5", "--vae-width", "4"]
+    result = run_benchmark(tmp_path, "preprocess", *small, "--repeats", "1", "--folder", str(tmp_path))
+    assert result["clips"] == 2 and result["workers"] == 2 and result["threads"] == 1
+    assert len(result["peak_mb"]) == 2 and 0.5 < result["memory_ratio"] < 2

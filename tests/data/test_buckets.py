@@ -98,6 +98,28 @@ def test_no_batch_mixes_shapes_and_all_shapes_take_turns(dataset):
     assert len({next(iter(found)) for found in shapes[:6]}) > 1
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_goes_on_in_the_middle_of_an_epoch(dataset, num_workers):
+    """All that a batch holds, texts that were dropped too, is what it would have been without the break."""
+    assert sum(len(rows) // 2 for rows in dataset.buckets) == 8, "steps 3 and 13 are inside of epochs"
+
+    def batches(start, count):
+        plan = make_plan(dataset, micro=1, accumulation=2)
+        options = {"text_length": 4, "caption_dropout": 0.5, "seed": 3, "num_workers": num_workers}
+        loader = build_loader(dataset, plan, start_step=start, num_steps=count, **options)
+        return [micro for micro_batches in loader for micro in micro_batches]
+
+    whole = batches(0, 20)
+    for start in (3, 13):
+        rest = batches(start, 20 - start)
+        assert len(rest) == 2 * (20 - start)
+        for expected, found in zip(whole[2 * start :], rest, strict=True):
+            assert expected.keys() == found.keys() and expected["caption"] == found["caption"]
+            tensors = [name for name, value in expected.items() if isinstance(value, torch.Tensor)]
+            assert "vae_latent" in tensors and "text_embedding" in tensors
+            assert all(torch.equal(expected[name], found[name]) for name in tensors)
+
+
 @pytest.mark.parametrize("split", [(12, 1, 1), (1, 12, 1), (1, 1, 12), (2, 3, 2), (3, 1, 4)])
 def test_a_global_batch_does_not_depend_on_its_split(dataset, split):
     micro, accumulation, world = split

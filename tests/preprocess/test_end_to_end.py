@@ -8,7 +8,7 @@ import torch
 from made_clips import real_clips
 from PIL import Image
 from tiny_models import TEXT_DIM, TEXT_LENGTH
-from tiny_runs import finetune_config, metrics, train
+from tiny_runs import assert_same_state, checkpoint, finetune_config, metrics, train
 
 from fv_distill.cli import main
 from fv_distill.data import DataError, ParquetDataset
@@ -56,6 +56,21 @@ def test_a_student_trains_on_them(tiny_wan, rows, tmp_path):
         config["training"]["data"]["cache_dir"] = str(tmp_path / "cache")
         lines.append([line["loss/student"] for line in metrics(train(config))])
     assert len(lines[0]) == 4 and np.isfinite(lines[0]).all() and lines[0] == lines[1]
+
+
+def test_a_run_over_buckets_resumes_bit_by_bit(tiny_wan, rows, tmp_path):
+    """Two steps are an epoch of four rows in three buckets or less; the break is in the middle of the second one."""
+    whole, broken = (finetune_config(tiny_wan, rows, tmp_path / name) for name in ("whole", "broken"))
+    for config in (whole, broken):
+        config["training"]["data"] |= {"cache_dir": str(tmp_path / "cache"), "caption_dropout": 0.3}
+        config["training"]["checkpoint"]["every_steps"] = 3
+    train(whole, {"training.loop.max_train_steps": 7})
+    train(broken, {"training.loop.max_train_steps": 3})
+    train(broken, {"training.loop.max_train_steps": 7, "training.checkpoint.resume_from_checkpoint": "latest"})
+    losses = [[line["loss/student"] for line in metrics(tmp_path / name)] for name in ("whole", "broken")]
+    assert len(losses[0]) == 7 and losses[0] == losses[1]
+    one, other = (checkpoint(tmp_path / name, 7) for name in ("whole", "broken"))
+    assert_same_state(one, other, num_networks=1, num_optimizers=1)
 
 
 def test_a_bucket_that_does_not_fit_the_student_is_found_before_training(tiny_wan, rows, tmp_path):

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,8 +27,11 @@ class Encoders(ABC):
         text_length: the number of tokens that text embeddings are padded to.
 
     Attributes:
+        reads_text: False in families without a text encoder, whose rows have no text embedding.
         vae: the diffusers autoencoder; families make it a cached property.
     """
+
+    reads_text: ClassVar[bool] = True
 
     vae: Any
 

@@ -21,6 +21,8 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class MatrixGame2Encoders(Encoders):
     """See `Encoders`; there is no text encoder."""
 
+    reads_text = False
+
     @cached_property
     def vae(self) -> Any:
         """The `AutoencoderKLWan`."""

@@ -2,12 +2,15 @@
 
 import json
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fv_distill.models.pipeline_index import network_folder
 
 from .decode import BadClipError
 
@@ -17,12 +20,23 @@ COLUMNS = {"mouse": "mouse_cond", "keyboard": "keyboard_cond"}
 _MOUSE_WIDTH = 2
 
 
-def read_actions(path: Path | None, frame_numbers: np.ndarray) -> dict[str, Tensor]:
+def needed_actions(directory: Path) -> tuple[str, ...]:
+    """Which of mouse and keyboard a pipeline directory's network reads; both where its config doesn't tell."""
+    config = directory / network_folder(directory) / "config.json"
+    held = json.loads(config.read_text()) if config.is_file() else {}
+    told = held.get("action_config") or {}
+    return tuple(name for name in COLUMNS if told.get(f"enable_{name}", True))
+
+
+def read_actions(
+    path: Path | None, frame_numbers: np.ndarray, needed: Sequence[str] = tuple(COLUMNS)
+) -> dict[str, Tensor]:
     """`mouse_cond` `[F, 2]` and `keyboard_cond` `[F, K]`, fp32, at the frames of a clip.
 
     Args:
         path: a .npz or .json with `mouse` and `keyboard`, one row for each frame of the source.
         frame_numbers: the clip's frames in the source, `[F]`.
+        needed: which of the two; what else the file has is left out.
 
     Raises:
         BadClipError: if the file is not there, is damaged, or has too few rows or other shapes.
@@ -31,7 +45,7 @@ def read_actions(path: Path | None, frame_numbers: np.ndarray) -> dict[str, Tens
         raise BadClipError("bad actions", "there is no .npz or .json of its name")
     given = _read(path)
     actions = {}
-    for name, column in COLUMNS.items():
+    for name in needed:
         if name not in given:
             raise BadClipError("bad actions", f"{path.name} has no {name!r}")
         try:
@@ -47,7 +61,7 @@ def read_actions(path: Path | None, frame_numbers: np.ndarray) -> dict[str, Tens
             raise BadClipError(
                 "bad actions", f"{path.name}: {name} has {len(values)} rows, frame {frame_numbers.max()} is in the clip"
             )
-        actions[column] = torch.from_numpy(values[frame_numbers])
+        actions[COLUMNS[name]] = torch.from_numpy(values[frame_numbers])
     return actions
 
 

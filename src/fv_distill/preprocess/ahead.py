@@ -1,5 +1,6 @@
 """Decoding in threads, a few clips ahead of the one being encoded. PyAV decodes without the interpreter lock."""
 
+import functools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,7 +41,7 @@ class _Job:
 
 
 def decode_ahead(
-    source: Source, indices: Sequence[int], clip_format: ClipFormat | None, *, workers: int
+    source: Source, indices: Sequence[int], clip_format: ClipFormat | None, *, workers: int, needs_caption: bool
 ) -> Generator[Decoded, None, None]:
     """The clips of the items, in order, with `workers` of them in work or waiting.
 
@@ -49,10 +50,12 @@ def decode_ahead(
         indices: the items wanted.
         clip_format: what clips are brought to; None for text alone.
         workers: threads.
+        needs_caption: whether an item without a caption is a bad one.
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
-        planned = _in_order(pool, lambda index: _plan(source, index, clip_format), indices, ahead=workers)
+        plan = functools.partial(_plan, source, clip_format=clip_format, needs_caption=needs_caption)
+        planned = _in_order(pool, plan, indices, ahead=workers)
         jobs = (job for item in planned for job in item)
         yield from _in_order(pool, lambda job: _decode(job, clip_format), jobs, ahead=workers)
     finally:
@@ -71,10 +74,11 @@ def _in_order(
         yield futures.popleft().result()
 
 
-def _plan(source: Source, index: int, clip_format: ClipFormat | None) -> list[_Job]:
+def _plan(source: Source, index: int, *, clip_format: ClipFormat | None, needs_caption: bool) -> list[_Job]:
     key = source.key(index)
     try:
-        source.caption(index)
+        if needs_caption:
+            source.caption(index)
         media = source.media(index)
         if media is None or clip_format is None or clip_format.clips_per_video == 1:
             return [_Job(index, key, media)]

@@ -1,7 +1,6 @@
 """From frames and captions to the tensors of a row."""
 
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fv_distill.models.encoders import Encoders
+from fv_distill.models.pipeline_index import network_folder
 from fv_distill.models.pretrained import load_component_config
 
 from .decode import BadClipError
@@ -54,10 +54,18 @@ def read_geometry(directory: Path) -> Geometry:
         ValueError: if the VAE's config doesn't tell its factors.
     """
     vae = load_component_config(directory, "vae")
-    network = directory / "transformer" / "config.json"
-    patch = json.loads(network.read_text()).get("patch_size", 1) if network.is_file() else 1
-    patch = patch[-1] if isinstance(patch, list) else patch
+    patch = _patch(directory)
     return Geometry(_factor(vae, _TEMPORAL_KEYS, directory), _factor(vae, _SPATIAL_KEYS, directory) * patch)
+
+
+def _patch(directory: Path) -> int:
+    """The side of the network's patches in latent pixels; 1 where encoders are all that a directory holds."""
+    folder = network_folder(directory)
+    if not (directory / folder / "config.json").is_file():
+        return 1
+    size = load_component_config(directory, folder).get("patch_size", 1)
+    # HunyuanVideo and LTX-2 have the temporal size apart; the others give time, height and width.
+    return int(size if isinstance(size, int) else max(size[1:]))
 
 
 def _factor(vae: dict[str, Any], keys: Sequence[str], directory: Path) -> int:
@@ -81,11 +89,11 @@ def encode_captions(encoders: Encoders, captions: Sequence[str], dtype: torch.dt
         dtype: that floating tensors are stored in.
 
     Raises:
-        ValueError: for a family whose encoders make no text embedding.
+        ValueError: for encoders that make no text embedding though they read text.
     """
     encoded = encoders.encode_prompts(captions)
     if encoded.text is None:
-        raise ValueError(f"{type(encoders).__name__} makes no text embedding, which every row has")
+        raise ValueError(f"{type(encoders).__name__} makes no text embedding; its reads_text has to be False")
     rows = []
     for index in range(len(captions)):
         text = encoded.text[index]

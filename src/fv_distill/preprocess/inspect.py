@@ -208,7 +208,8 @@ def _print_overview(overview: Overview) -> None:
         for shape, count in found.items():
             table.add_row(name, shape, str(count))
     console.print(table, markup=False)
-    console.print(f"texts have {overview.tokens[0]} to {overview.tokens[1]} tokens")
+    if "text_embedding" in overview.shapes:
+        console.print(f"texts have {overview.tokens[0]} to {overview.tokens[1]} tokens")
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:

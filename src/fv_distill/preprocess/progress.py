@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -53,7 +54,7 @@ def _lines(name: str, total: int, num_ranks: int) -> Report:
         last = now
         known = min(total, done * num_ranks)
         rate = known / (now - start)
-        left = f", {(total - known) / rate / 60:.0f} min left" if rate else ""
+        left = f", {timedelta(seconds=round((total - known) / rate))} left" if rate else ""
         also = f", {skipped * num_ranks} skipped" if skipped else ""
         console.print(f"{name}: {known} of {total}{also}, {rate:.2f}/s{left}", highlight=False, markup=False)
 

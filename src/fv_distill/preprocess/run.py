@@ -17,7 +17,7 @@ from fv_distill.data.schema import DataError
 from fv_distill.models.encoders import Encoders
 from fv_distill.models.pretrained import parse_dtype, resolve_directory
 
-from .actions import read_actions
+from .actions import needed_actions, read_actions
 from .ahead import Decoded, decode_ahead
 from .buckets import Size, check_sizes, make_buckets, parse_size
 from .decode import BadClipError, ClipFormat
@@ -73,7 +73,10 @@ class Preprocessing:
         self.model = resolve_directory(options.model, name="model")
         self.encoders_class = encoders_class(self.model, options.adapter)
         self.source = open_source(options)
+        if not (self.source.has_video or self.encoders_class.reads_text):
+            raise ValueError(f"data: {options.data} has no videos, and {self.model} reads no text: no row can be made")
         self.clip_format = clip_format(options, read_geometry(self.model)) if self.source.has_video else None
+        self.actions = needed_actions(self.model) if options.actions else ()
         self.texts = TextCache(self.output / _TEXT_FOLDER)
         self.pending: list[int] = []
 
@@ -99,6 +102,8 @@ class Preprocessing:
 
     def encode_texts(self) -> None:
         """Encode the distinct captions of what is to be done, each once over all processes."""
+        if not self.encoders_class.reads_text:
+            return
         rank, num_ranks = self.state.process_index, self.state.num_processes
         mine = share_of(self._captions(), rank=rank, num_ranks=num_ranks)
         missing = [caption for caption in mine if not self.texts.has(caption)]
@@ -134,7 +139,8 @@ class Preprocessing:
         self.state.wait_for_everyone()
         summary = Summary(**json.loads((self.output / SUMMARY_FILE).read_text(encoding="utf-8")))
         if not summary.rows:
-            raise DataError(f"no row could be made of {self.options.data}: {'; '.join(summary.lines()[1:])}")
+            reasons = ", ".join(f"{count} skipped ({reason})" for reason, count in summary.skipped.items())
+            raise DataError(f"no row could be made of {self.options.data}: {reasons or 'nothing is there'}")
         return summary
 
     def _captions(self) -> Iterator[str]:
@@ -149,7 +155,13 @@ class Preprocessing:
         encoders = self._encoders(parse_dtype(self.options.vae_dtype))
         if self.clip_format is not None:
             encoders.tile_vae(enabled=_wants_tiles(self.options.vae_tiling, self.clip_format.sizes))
-        decoded = decode_ahead(self.source, share, self.clip_format, workers=self.options.decode_workers)
+        decoded = decode_ahead(
+            self.source,
+            share,
+            self.clip_format,
+            workers=self.options.decode_workers,
+            needs_caption=self.encoders_class.reads_text,
+        )
         with self._progress("clips", len(self.pending)) as report, contextlib.closing(decoded):
             for done, (_, clips) in enumerate(itertools.groupby(decoded, key=lambda clip: clip.index), start=1):
                 for clip in clips:
@@ -163,12 +175,11 @@ class Preprocessing:
         if decoded.error is not None:
             raise decoded.error
         clip, index = decoded.clip, decoded.index
-        caption = self.source.caption(index)
-        row = {"id": decoded.name, "file_name": self.source.key(index), "caption": caption, **self.texts.load(caption)}
+        row = {"id": decoded.name, "file_name": self.source.key(index), **self._text(index)}
         if clip is None:
             return row | {"media_type": "text"}
         if self.options.actions:
-            row |= read_actions(self.source.actions_file(index), clip.frame_numbers)
+            row |= read_actions(self.source.actions_file(index), clip.frame_numbers, self.actions)
         num_frames, height, width = clip.frames.shape[:3]
         return {
             **row,
@@ -180,6 +191,15 @@ class Preprocessing:
             "duration_sec": num_frames / clip.fps if clip.fps else None,
             "fps": clip.fps,
         }
+
+    def _text(self, index: int) -> dict[str, Any]:
+        if self.encoders_class.reads_text:
+            caption = self.source.caption(index)
+            return {"caption": caption, **self.texts.load(caption)}
+        # Nobody reads it, so that clips without one are as good.
+        with contextlib.suppress(BadClipError):
+            return {"caption": self.source.caption(index), "text_embedding": None}
+        return {"caption": "", "text_embedding": None}
 
     def _encoders(self, dtype: torch.dtype) -> Encoders:
         return self.encoders_class(self.model, device=self.device, dtype=dtype, text_length=self.options.text_length)
