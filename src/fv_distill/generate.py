@@ -103,6 +103,12 @@ def _sample(directory: Path, call: dict[str, Any], args: argparse.Namespace) -> 
     if args.negative_prompt:
         call["negative_prompt"] = args.negative_prompt
     call |= _inputs(type(pipeline), args, call)
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    for key in call:
+        if key not in parameters:
+            raise ValueError(
+                f"--{key.replace('_', '-')}: the model's {type(pipeline).__name__} takes no {key}; leave it out"
+            )
     start = time.perf_counter()
     frames = pipeline(generator=torch.Generator().manual_seed(args.seed), output_type="np", **call).frames[0]
     seconds = time.perf_counter() - start
@@ -138,12 +144,14 @@ def _image_argument(pipeline_class: Any, call: dict[str, Any], image: Path | Non
         return {}
     if not takes_image(pipeline_class):
         raise ValueError(f"--image {image}, but the model's {name} makes videos of text alone")
-    defaults = inspect.signature(pipeline_class.__call__).parameters
-    width, height = (call.get(key, defaults[key].default) for key in ("width", "height"))
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    width, height = (
+        call.get(key, parameters[key].default if key in parameters else None) for key in ("width", "height")
+    )
     return {"image": _load_image(image, width, height)}
 
 
-def _load_image(image: Path, width: int, height: int) -> Any:
+def _load_image(image: Path, width: int | None, height: int | None) -> Any:
     if not image.is_file():
         raise FileNotFoundError(f"--image {image}: no such file")
     return load_first_frame(image, width, height)

@@ -27,6 +27,7 @@ from tiny_runs import (
 )
 
 from fv_distill import models
+from fv_distill.data import ParquetDataset, write_rows
 from fv_distill.export.convert import convert
 
 FAMILIES = {
@@ -164,3 +165,23 @@ def test_validation_samples_with_the_familys_pipeline(families, tmp_path):
     }
     run = train(config)
     assert list((run / "validation").rglob("*000000*")) or list((run / "validation").rglob("*.mp4"))
+
+
+def test_roles_that_are_given_other_frames_are_refused(families, tmp_path):
+    config = config_of(dmd2_config, "cosmos_video2world", families, tmp_path / "run")
+    config["models"]["teacher"]["condition_frames"] = 0
+    with pytest.raises(ValueError, match="models.teacher.condition_frames=0, but the student is given 1"):
+        train(config)
+
+
+def test_given_frames_that_rows_lack_are_missed_at_the_start(families, tmp_path):
+    config = config_of(dmd2_config, "cosmos_video2world", families, tmp_path / "run")
+    _, rows = families("cosmos_video2world")
+    text = [
+        {key: row[key] for key in ("caption", "text_embedding")}
+        for row in ParquetDataset(str(rows), cache_dir=str(tmp_path))
+    ]
+    write_rows(tmp_path / "text" / "rows.parquet", text)
+    config["training"]["data"] |= {"data_path": str(tmp_path / "text"), "latent_shape": [4, 3, 4, 4]}
+    with pytest.raises(ValueError, match="hold neither clips nor a first_frame_latent of the shape"):
+        train(config)

@@ -162,14 +162,19 @@ def _write_mp4(path: Path, chunks: Iterable[np.ndarray], *, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def load_first_frame(path: Path, width: int, height: int) -> Image.Image:
+def load_first_frame(path: Path, width: int | None, height: int | None) -> Image.Image:
     """An image in the size of the clips, as training clips are made: scaled to cover it, and cut in the middle.
+
+    Without a size it stays as it is: the pipeline then takes the clip's from it.
 
     Raises:
         ValueError: for a file that is no image.
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+            picture = image.convert("RGB")
+            if width is None or height is None:
+                return picture
+            return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no image that Pillow can read") from error

@@ -1,6 +1,5 @@
 """From a training checkpoint to a diffusers directory: the `fv-distill export` command."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +65,7 @@ def convert(
     averaged = ema and role == "student" and "ema" in metadata["models"]
     if ema and role == "student" and not averaged:
         console.print("the checkpoint has no averaged weights; exporting the latest ones", highlight=False)
-    base_model = _base_model(metadata, config, role)
+    base_model, base_weights = _base_model(metadata, config, role)
     pipeline = metadata["config"]["pipeline"]
     few_step = metadata["few_step"] if role == "student" else None
     # Older checkpoints lack the entry, and are all of their pipeline's only network.
@@ -102,10 +101,17 @@ def convert(
     spec = metadata["lora"].get(role)
     lora = None if spec is None else LoraWeights(weights, LoraSpec(**spec))
     if export_format is None:
-        as_lora = lora is not None and info.causal is None and loads_lora(pipeline_class)
+        as_lora = lora is not None and info.causal is None and loads_lora(pipeline_class) and base_weights is None
         export_format = "lora" if as_lora else "diffusers"
     output, run = Path(output_dir), run or find_run(Path(checkpoint), metadata["config"])
-    return _write(output, weights, lora, info, export_format, dtype=dtype, overwrite=overwrite, run=run)
+    if export_format in ("lora", "comfyui") and lora is not None and base_weights is not None:
+        raise ValueError(
+            f"--format {export_format}, but the adapter was trained on models.<role>.weights={base_weights!r}, which "
+            f"{base_model} hasn't got; use merged"
+        )
+    return _write(
+        output, weights, lora, info, export_format, base_weights=base_weights, dtype=dtype, overwrite=overwrite, run=run
+    )
 
 
 def _write(
@@ -115,6 +121,7 @@ def _write(
     info: StudentInfo,
     export_format: ExportFormat,
     *,
+    base_weights: str | None,
     dtype: str | None,
     overwrite: bool,
     run: RunFiles | None,
@@ -131,7 +138,7 @@ def _write(
     if export_format == "original":
         check_output_file(output, overwrite=overwrite)
     if lora is not None:
-        weights = merge_lora(info.base_model, lora, component=info.component)
+        weights = merge_lora(info.base_model, lora, component=info.component, weights=base_weights)
     if export_format != "original":
         return export_diffusers_directory(output, weights, info, dtype=to_dtype, overwrite=overwrite, run=run)
     base = resolve_directory(info.base_model)
@@ -139,13 +146,8 @@ def _write(
     return write_weights_file(output, to_original_names(transformer))
 
 
-def read_student_info(directory: str | Path) -> dict[str, Any]:
-    """What an export says about itself in `fv_distill.json`."""
-    return json.loads((Path(directory) / "fv_distill.json").read_text())
-
-
-def _base_model(metadata: dict[str, Any], config: str | Path | None, role: str) -> str:
-    """The directory or Hub id that the role was initialised from, checked to exist."""
+def _base_model(metadata: dict[str, Any], config: str | Path | None, role: str) -> tuple[str, str | None]:
+    """The directory or Hub id that the role was initialised from, checked to exist, and what replaced its weights."""
     models = metadata["config"]["models"]
     if config is not None:
         models = load_run_config(config, check_signatures=False).model_dump(mode="json")["models"]
@@ -159,4 +161,6 @@ def _base_model(metadata: dict[str, Any], config: str | Path | None, role: str) 
             f"models.{role}: {error}. Run from where the training was started, or give --config with the model's "
             "present place"
         ) from error
-    return base_model
+    # A role on another's network has no weights of its own.
+    network = models[role].get("share_base_with") or role
+    return base_model, models.get(network, {}).get("weights")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fv_distill.lora import LoraSpec
 from fv_distill.models.pipeline_index import component_class, network_folder, pipeline_class
-from fv_distill.models.pretrained import resolve_directory
+from fv_distill.models.pretrained import load_weights_override, resolve_directory
 
 from .base_card import copy_licence, read_base_card
 from .diffusers_dir import check_output, replaced_directory
@@ -100,21 +100,27 @@ def write_comfyui_lora(output_file: str | Path, lora: LoraWeights, *, overwrite:
 
 
 @torch.no_grad()
-def merge_lora(base_model: str, lora: LoraWeights, *, component: str = "transformer") -> dict[str, Tensor]:
+def merge_lora(
+    base_model: str, lora: LoraWeights, *, component: str = "transformer", weights: str | None = None
+) -> dict[str, Tensor]:
     """The base network's weights with the adapter in them, by PEFT's own merging, in the type that the base is kept in.
 
     Args:
         base_model: the directory or Hub id.
         lora: the adapter.
         component: the pipeline's name of the network.
+        weights: what replaced the base's own weights, see `models.<role>.weights`.
 
     Raises:
         ValueError: if the adapter doesn't fit the network.
+        FileNotFoundError: if `weights` isn't there.
     """
     base = resolve_directory(base_model)
     kind = component_class(base, component)
     stored = kind.from_pretrained(base, subfolder=network_folder(base, component), torch_dtype="auto")
     types = {name: value.dtype for name, value in stored.state_dict().items()}
+    if weights is not None:
+        load_weights_override(stored, weights)
     # Merged in float32: what an adapter adds is often smaller than half a unit of bf16.
     transformer: Any = stored.to(torch.float32)
     transformer.load_lora_adapter(dict(lora.weights), prefix=None, metadata=_peft_metadata(lora.spec))

@@ -41,7 +41,8 @@ def check_clean_column(shapes: Mapping[str, Sequence[int]], latent_shape: Sequen
         return
     if tuple(shapes.get(COLUMN, ())) != (channels, count, height, width):
         raise ValueError(
-            f"models.<role>.condition_frames={count}, but the rows hold neither clips nor a {COLUMN} of the shape "
+            f"{count} latent frames are given (models.<role>.condition_frames), but the rows hold neither clips nor a "
+            f"{COLUMN} of the shape "
             f"{(channels, count, height, width)}"
         )
 

@@ -10,7 +10,7 @@ from diffusers.models.transformers import transformer_cosmos
 from torch import Tensor, nn
 
 from .base import ModelBase
-from .clean_frames import COLUMN, give_frames
+from .clean_frames import COLUMN, check_clean_column, give_frames
 from .conditioning import Conditioning
 from .cosmos_encoders import PIPELINES, CosmosEncoders
 from .latent_checks import check_clip_shape
@@ -236,6 +236,11 @@ class CosmosModel(ModelBase):
                 "training.data.text_length: Predict2.5 pads prompts before it encodes them, and attends to the "
                 "padding; set text_length to what the captions were padded to (512 in the pipeline)"
             )
+
+    def check_conditions(self, shapes: Mapping[str, Sequence[int]], latent_shape: Sequence[int]) -> None:
+        """See `ModelBase.check_conditions`."""
+        super().check_conditions(shapes, latent_shape)
+        check_clean_column(shapes, latent_shape, self.condition_frames)
 
     def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
         return give_frames(super()._conditioning(batch), batch, self.condition_frames, self.normalize_latents)

@@ -9,7 +9,7 @@ from diffusers import HunyuanVideo15Transformer3DModel
 from torch import Tensor, nn
 
 from .base import ModelBase
-from .clean_frames import COLUMN, give_frames
+from .clean_frames import COLUMN, check_clean_column, give_frames
 from .conditioning import Conditioning
 from .hunyuan15_encoders import IMAGE_PIPELINE, PIPELINES, HunyuanVideo15Encoders
 from .latent_checks import check_clip_shape
@@ -110,6 +110,11 @@ class HunyuanVideo15Model(ModelBase):
     def sampling_arguments(self, guidance_scale: float | None) -> dict[str, Any]:
         """See `ModelBase.sampling_arguments`; this pipeline's guidance is a component of it, the guider."""
         return {}
+
+    def check_conditions(self, shapes: Mapping[str, Sequence[int]], latent_shape: Sequence[int]) -> None:
+        """See `ModelBase.check_conditions`."""
+        super().check_conditions(shapes, latent_shape)
+        check_clean_column(shapes, latent_shape, int(self.sees_an_image))
 
     def condition_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """See `ModelBase.condition_shapes`."""

@@ -111,10 +111,10 @@ def find_pipeline(name: str) -> Any:
 
 
 def own_pipeline(directory: Path, pipeline_config: Mapping[str, Any] | None = None) -> str | None:
-    """The dotted path of the pipeline's class if it is this library's; None if diffusers has it."""
-    kind = pipeline_class(directory, pipeline_config)
-    is_own = kind.__name__ in fv_distill.models.pipelines.__all__
-    return f"{fv_distill.models.pipelines.__name__}.{kind.__name__}" if is_own else None
+    """The dotted path of the pipeline's class if it is this library's; None for diffusers' and those of others."""
+    name = {**read_index(directory), **(pipeline_config or {})}["_class_name"]
+    own = fv_distill.models.pipelines
+    return f"{own.__name__}.{name}" if name in own.__all__ else None
 
 
 @contextmanager

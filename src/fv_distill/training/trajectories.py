@@ -32,6 +32,7 @@ from .sharding import prepare_alone
 
 METADATA_FILE = "trajectories.json"
 _TARGET_KEY = "models.teacher._target_"
+_OPTIONS_KEY = "models.teacher (its adapter's own keys)"
 
 # Of each weights file so much from both ends tells one teacher from another; hashing all of 14B takes minutes.
 _HASHED_BYTES = 2**20
@@ -176,6 +177,8 @@ class TrajectoryCache:
             described |= {f"models.teacher.{key}": getattr(teacher, key) for key in ("weights", "flow_shift")}
             described["models.teacher.negative_prompt"] = teacher.negative_prompt
             described["models.teacher.init_from"] = teacher.init_from
+            described["models.teacher.quantization"] = teacher.quantization
+            described[_OPTIONS_KEY] = dict(teacher.model_extra or {})
             described[_TARGET_KEY] = teacher.target
             described["models.teacher (fingerprint of its files)"] = _fingerprint(teacher.init_from)
         return described
@@ -189,8 +192,13 @@ class TrajectoryCache:
                     "empty directory"
                 )
             return
-        # Older metadata has no such entry; there was one adapter then.
-        stored = {_TARGET_KEY: ModelConfig.model_fields["target"].default, **json.loads(path.read_text())}
+        # Older metadata has no such entries; there was one adapter then, without options.
+        older = {
+            _TARGET_KEY: ModelConfig.model_fields["target"].default,
+            _OPTIONS_KEY: {},
+            "models.teacher.quantization": None,
+        }
+        stored = {**older, **json.loads(path.read_text())}
         for key, value in self._describe().items():
             if stored.get(key) != value:
                 raise ValueError(
