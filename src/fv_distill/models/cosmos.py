@@ -76,7 +76,7 @@ class CosmosModel(ModelBase):
         if condition_frames < 0:
             raise ValueError(f"condition_frames={condition_frames} must not be negative; 0 is Text2World")
         self.fps = fps if fps is not None or self.pads_before_encoding else 16.0
-        self.condition_frames = condition_frames
+        self.condition_frames = self.fixed_given_frames = condition_frames
         self.given_prompts = {} if prompt_embeddings is None else read_prompt_file(prompt_embeddings)
 
     @classmethod

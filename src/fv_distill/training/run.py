@@ -296,10 +296,10 @@ def _check_row(row: Mapping[str, Any], method: TrainingMethod, config: RunConfig
                 f"models.{role} is conditioned on {', '.join(own) or 'text alone'}, but the student on "
                 f"{', '.join(conditions) or 'text alone'}; give both the same _target_"
             )
-        if model.condition_frames != student.condition_frames:
+        if model.fixed_given_frames != student.fixed_given_frames:
             raise ValueError(
-                f"models.{role}.condition_frames={model.condition_frames}, but the student is given "
-                f"{student.condition_frames}; give all roles the same"
+                f"models.{role}.condition_frames={model.fixed_given_frames}, but the student is given "
+                f"{student.fixed_given_frames}; give all roles the same"
             )
 
 
