@@ -6,11 +6,13 @@ import importlib.util
 import inspect
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from . import local_modules
 from .schema import ConfigError
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def resolve_target(path: str) -> Any:
@@ -84,15 +86,44 @@ def _is_installed(name: str) -> bool:
     return name in sys.modules or importlib.util.find_spec(name) is not None
 
 
+def accepted_parameters(target: Any) -> dict[str, inspect.Parameter] | None:
+    """The keywords of a callable by name; None where it takes any.
+
+    A class method's `**kwargs` are taken to go on to the same method of the base classes, and then to the constructor:
+    of these count the parameters that have a default, as the method gives the others.
+    """
+    if not (inspect.ismethod(target) and isinstance(target.__self__, type)):
+        plain = inspect.signature(target).parameters.values()
+        return None if _takes_any(plain) else {p.name: p for p in plain if p.kind in _BY_NAME}
+    found: dict[str, inspect.Parameter] = {}
+    for name in (target.__name__, "__init__"):
+        for kind in (kind for kind in target.__self__.__mro__ if name in vars(kind)):
+            definition = vars(kind)[name]
+            _, *parameters = inspect.signature(getattr(definition, "__func__", definition)).parameters.values()
+            for parameter in parameters:
+                is_given = name == "__init__" and parameter.default is parameter.empty
+                if parameter.kind in _BY_NAME and not is_given:
+                    found.setdefault(parameter.name, parameter)
+            if not _takes_any(parameters):
+                break
+        if name != "__init__" and not _takes_any(parameters):
+            break
+    return found
+
+
+def _takes_any(parameters: Iterable[inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
 def _check_keywords(path: str, target: Any, kwargs: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(target).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    parameters = accepted_parameters(target)
+    if parameters is None:
         return
-    accepted = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    accepted = list(parameters)
     for key in kwargs:
         if key not in accepted:
             nearest = difflib.get_close_matches(key, accepted, n=len(accepted), cutoff=0.0)
             raise ConfigError(f"{path} takes no {key!r}; it takes {', '.join(nearest or accepted)}")
-    missing = [p.name for p in parameters if p.default is p.empty and p.name in accepted and p.name not in kwargs]
+    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in kwargs]
     if missing:
         raise ConfigError(f"{path} needs {', '.join(missing)}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel
 
-from .instantiate import resolve_target
+from .instantiate import accepted_parameters, resolve_target
 from .schema import ConfigError, OpenSection, RunConfig
 from .validation import unknown_key
 
@@ -99,10 +99,10 @@ def _unknown_keys(where: str, target: str, section: OpenSection, reserved: Mappi
     extras = section.model_extra or {}
     if not extras:
         return []
-    parameters = inspect.signature(_resolve(where, target)).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    parameters = accepted_parameters(_resolve(where, target))
+    if parameters is None:
         return []
-    accepted = {parameter.name for parameter in parameters} - set(reserved)
+    accepted = set(parameters) - set(reserved)
     fields = [field.alias or name for name, field in type(section).model_fields.items()]
     known = [*fields, *sorted(accepted - set(fields))]
     return [

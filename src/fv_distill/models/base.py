@@ -91,6 +91,7 @@ class ModelBase(RoleNetwork, ABC):
         attention_backend: str | None = None,
         negative_prompt: str = "",
         text_length: int = 512,
+        **options: Any,
     ) -> Self:
         """Load a pipeline directory or Hub repository.
 
@@ -104,6 +105,7 @@ class ModelBase(RoleNetwork, ABC):
             attention_backend: a diffusers attention backend, for instance "flash" or "native".
             negative_prompt: see `ModelBase`.
             text_length: see `ModelBase`.
+            options: the family's own, arguments of its class.
 
         Raises:
             FileNotFoundError: if there is no such model.
@@ -127,6 +129,7 @@ class ModelBase(RoleNetwork, ABC):
             trainable=trainable,
             negative_prompt=negative_prompt,
             text_length=text_length,
+            **options,
         )
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import CosmosTransformer3DModel
@@ -78,38 +78,6 @@ class CosmosModel(ModelBase):
         self.fps = fps if fps is not None or self.pads_before_encoding else 16.0
         self.condition_frames = self.fixed_given_frames = condition_frames
         self.given_prompts = {} if prompt_embeddings is None else read_prompt_file(prompt_embeddings)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        init_from: str,
-        *,
-        fps: float | None = None,
-        condition_frames: int = 0,
-        prompt_embeddings: str | None = None,
-        trainable: bool = False,
-        flow_shift: float | None = None,
-        dtype: str | torch.dtype = "float32",
-        weights: str | None = None,
-        gradient_checkpointing: bool = False,
-        attention_backend: str | None = None,
-        negative_prompt: str = "",
-        text_length: int = 512,
-    ) -> Self:
-        """See `ModelBase.from_pretrained`, and this class for its own arguments."""
-        model = super().from_pretrained(
-            init_from,
-            trainable=trainable,
-            flow_shift=flow_shift,
-            dtype=dtype,
-            weights=weights,
-            gradient_checkpointing=gradient_checkpointing,
-            attention_backend=attention_backend,
-            negative_prompt=negative_prompt,
-            text_length=text_length,
-        )
-        model._set_options(fps=fps, condition_frames=condition_frames, prompt_embeddings=prompt_embeddings)
-        return model
 
     @classmethod
     def check_network(cls, network_config: Any, directory: Path) -> None:

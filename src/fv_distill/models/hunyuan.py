@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
@@ -51,36 +51,6 @@ class HunyuanVideoModel(ModelBase):
         self.network_config = cast(Any, transformer).config
         self.temporal_factor, _ = read_vae_factors(self.directory)
         self.scaling_factor = float(load_component_config(self.directory, "vae")["scaling_factor"])
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        init_from: str,
-        *,
-        embedded_guidance: float = 6.0,
-        trainable: bool = False,
-        flow_shift: float | None = None,
-        dtype: str | torch.dtype = "float32",
-        weights: str | None = None,
-        gradient_checkpointing: bool = False,
-        attention_backend: str | None = None,
-        negative_prompt: str = "",
-        text_length: int = 512,
-    ) -> Self:
-        """See `ModelBase.from_pretrained`, and this class for `embedded_guidance`."""
-        model = super().from_pretrained(
-            init_from,
-            trainable=trainable,
-            flow_shift=flow_shift,
-            dtype=dtype,
-            weights=weights,
-            gradient_checkpointing=gradient_checkpointing,
-            attention_backend=attention_backend,
-            negative_prompt=negative_prompt,
-            text_length=text_length,
-        )
-        model.embedded_guidance = _checked_guidance(embedded_guidance)
-        return model
 
     @classmethod
     def check_network(cls, network_config: Any, directory: Path) -> None:

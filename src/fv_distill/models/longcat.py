@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,36 +58,6 @@ class LongCatVideoModel(ModelBase):
         self.temporal_factor = int(vae["scale_factor_temporal"])
         self.latents_mean = torch.tensor(vae["latents_mean"]).view(1, -1, 1, 1, 1)
         self.latents_std = torch.tensor(vae["latents_std"]).view(1, -1, 1, 1, 1)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        init_from: str,
-        *,
-        condition_frames: int = 0,
-        trainable: bool = False,
-        flow_shift: float | None = None,
-        dtype: str | torch.dtype = "float32",
-        weights: str | None = None,
-        gradient_checkpointing: bool = False,
-        attention_backend: str | None = None,
-        negative_prompt: str = "",
-        text_length: int = 512,
-    ) -> Self:
-        """See `ModelBase.from_pretrained`, and this class for `condition_frames`."""
-        model = super().from_pretrained(
-            init_from,
-            trainable=trainable,
-            flow_shift=flow_shift,
-            dtype=dtype,
-            weights=weights,
-            gradient_checkpointing=gradient_checkpointing,
-            attention_backend=attention_backend,
-            negative_prompt=negative_prompt,
-            text_length=text_length,
-        )
-        model.condition_frames = clean_frames.check_condition_frames(condition_frames)
-        return model
 
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelBase.predict_velocity`."""

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
-import torch
 from diffusers import LTX2VideoTransformer3DModel
 from torch import Tensor, nn
 
@@ -67,44 +66,15 @@ class LTX2VideoModel(ModelBase):
         for name, parameter in network.named_parameters():
             if not self.is_trained(name):
                 parameter.requires_grad_(False)
-        self._set_options(fps, condition_frames)
-        self.latents_mean, self.latents_std = read_statistics(self.directory)
-
-    def _set_options(self, fps: float, condition_frames: int) -> None:
         if fps <= 0:
             raise ValueError(f"fps={fps:g} must be positive")
         self.fps, self.condition_frames = fps, clean_frames.check_condition_frames(condition_frames)
+        self.latents_mean, self.latents_std = read_statistics(self.directory)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        init_from: str,
-        *,
-        fps: float = 24.0,
-        condition_frames: int = 0,
-        trainable: bool = False,
-        flow_shift: float | None = None,
-        dtype: str | torch.dtype = "float32",
-        weights: str | None = None,
-        gradient_checkpointing: bool = False,
-        attention_backend: str | None = None,
-        negative_prompt: str = "",
-        text_length: int = 1024,
-    ) -> Self:
-        """See `ModelBase.from_pretrained`, and this class for its own arguments."""
-        model = super().from_pretrained(
-            init_from,
-            trainable=trainable,
-            flow_shift=flow_shift,
-            dtype=dtype,
-            weights=weights,
-            gradient_checkpointing=gradient_checkpointing,
-            attention_backend=attention_backend,
-            negative_prompt=negative_prompt,
-            text_length=text_length,
-        )
-        model._set_options(fps, condition_frames)
-        return model
+    def from_pretrained(cls, init_from: str, *, text_length: int = 1024, **kwargs: Any) -> Self:
+        """See `ModelBase.from_pretrained`; the connectors make 1,024 tokens of a text."""
+        return super().from_pretrained(init_from, text_length=text_length, **kwargs)
 
     @classmethod
     def check_network(cls, network_config: Any, directory: Path) -> None:

@@ -14,7 +14,6 @@ from .conditioning import Conditioning
 from .kv_cache import KVCache
 from .matrixgame2 import MatrixGame2Model
 from .matrixgame2_encoders import MatrixGame2Encoders
-from .pretrained import load_network, read_flow_shift, resolve_directory
 from .transformers.block_causal import ChunkLayout
 from .transformers.matrixgame2 import MatrixGame2Transformer3DModel
 from .wan_streaming_decode import WanStreamingDecoder
@@ -40,66 +39,6 @@ class CausalMatrixGame2Model(CausalModelBase, MatrixGame2Model):
         model = super().on_base(base, **kwargs)
         cast(MatrixGame2Transformer3DModel, base.transformer).layout = ChunkLayout()
         return model
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        init_from: str,
-        *,
-        chunk_size: int = 3,
-        local_window: int | None = None,
-        sink_frames: int = 0,
-        trainable: bool = False,
-        flow_shift: float | None = None,
-        dtype: str | torch.dtype = "float32",
-        weights: str | None = None,
-        gradient_checkpointing: bool = False,
-        attention_backend: str | None = None,
-        negative_prompt: str = "",
-        text_length: int = 512,
-    ) -> Self:
-        """Load a Matrix-Game 2 directory or Hub repository, causal or not.
-
-        Args:
-            init_from: a local directory or a Hub id `owner/name`.
-            chunk_size: latent frames per chunk; 3 in the published networks.
-            local_window: latent frames before a chunk that it sees; None means all. A published `local_attn_size`
-                counts the chunk itself as well: 6 is a window of 3.
-            sink_frames: first latent frames that every chunk sees, also beyond its window.
-            trainable: whether this role is trained.
-            flow_shift: the noise schedule's shift; None reads it from the directory's scheduler.
-            dtype: of the weights; trainable roles want float32.
-            weights: a safetensors file in this library's key names that replaces the transformer's weights.
-            gradient_checkpointing: recompute activations in the backward pass.
-            attention_backend: a diffusers attention backend for passes without a mask: the image, and streaming.
-            negative_prompt: has no effect on a network without text.
-            text_length: likewise.
-
-        Raises:
-            FileNotFoundError: if there is no such model.
-            ValueError: for weights that don't fit, an unknown dtype or attention backend, or sizes that make no chunks.
-        """
-        directory = resolve_directory(init_from)
-        transformer = load_network(
-            cls.network_class,
-            directory,
-            check=cls.check_network,
-            dtype=dtype,
-            weights=weights,
-            gradient_checkpointing=gradient_checkpointing,
-            attention_backend=attention_backend,
-        )
-        return cls(
-            transformer,
-            directory=directory,
-            chunk_size=chunk_size,
-            local_window=local_window,
-            sink_frames=sink_frames,
-            flow_shift=read_flow_shift(directory) if flow_shift is None else flow_shift,
-            trainable=trainable,
-            negative_prompt=negative_prompt,
-            text_length=text_length,
-        )
 
     def predict_velocity(
         self,

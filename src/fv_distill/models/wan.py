@@ -67,6 +67,7 @@ class WanModel(ModelBase):
         attention_backend: str | None = None,
         negative_prompt: str = "",
         text_length: int = 512,
+        **options: Any,
     ) -> Self:
         """Load a Wan pipeline directory or Hub repository.
 
@@ -82,6 +83,7 @@ class WanModel(ModelBase):
             attention_backend: a diffusers attention backend.
             negative_prompt: see `ModelBase`.
             text_length: see `ModelBase`.
+            options: further arguments of the class.
 
         Raises:
             FileNotFoundError: if there is no such model.
@@ -107,6 +109,7 @@ class WanModel(ModelBase):
             trainable=trainable,
             negative_prompt=negative_prompt,
             text_length=text_length,
+            **options,
         )
 
     @classmethod

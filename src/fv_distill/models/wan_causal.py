@@ -11,7 +11,7 @@ from .base import ModelBase
 from .causal_base import CausalModelBase
 from .conditioning import Conditioning
 from .kv_cache import KVCache
-from .pretrained import load_network, read_flow_shift, resolve_directory
+from .pretrained import resolve_directory
 from .transformers.block_causal import ChunkLayout
 from .transformers.wan_causal import CausalWanTransformer3DModel
 from .wan import WanModel
@@ -55,67 +55,12 @@ class CausalWanModel(CausalModelBase, WanModel):
         return model
 
     @classmethod
-    # Less than a Wan's keywords: a causal student is no expert.
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        init_from: str,
-        *,
-        chunk_size: int = 3,
-        local_window: int | None = None,
-        sink_frames: int = 0,
-        trainable: bool = False,
-        flow_shift: float | None = None,
-        dtype: str | torch.dtype = "float32",
-        weights: str | None = None,
-        gradient_checkpointing: bool = False,
-        attention_backend: str | None = None,
-        negative_prompt: str = "",
-        text_length: int = 512,
-    ) -> Self:
-        """Load a Wan pipeline directory or Hub repository, causal or not.
-
-        Args:
-            init_from: a local diffusers directory or a Hub id `owner/name`.
-            chunk_size: latent frames per chunk; 3 in CausVid and Self-Forcing.
-            local_window: latent frames before a chunk that it sees; None means all.
-            sink_frames: first latent frames that every chunk sees, also beyond its window.
-            trainable: whether this role is trained.
-            flow_shift: the noise schedule's shift; None reads it from the directory's scheduler.
-            dtype: of the weights; trainable roles want float32.
-            weights: a safetensors file in diffusers' key names that replaces the transformer's weights.
-            gradient_checkpointing: recompute activations in the backward pass.
-            attention_backend: a diffusers attention backend for passes without a mask: text, and streaming.
-            negative_prompt: see `ModelBase`.
-            text_length: see `ModelBase`.
-
-        Raises:
-            FileNotFoundError: if there is no such model.
-            ValueError: for weights that don't fit, an image-to-video network, an unknown dtype or attention backend, or
-                sizes that make no chunks.
-        """
+    def from_pretrained(cls, init_from: str, **kwargs: Any) -> Self:
+        """See `WanModel.from_pretrained`; the directory may be of a causal Wan or not, and has one network."""
         directory = resolve_directory(init_from)
         if has_two_experts(directory):
             raise ValueError(_ONE_EXPERT.format(directory=directory))
-        transformer = load_network(
-            cls.network_class,
-            directory,
-            check=cls.check_network,
-            dtype=dtype,
-            weights=weights,
-            gradient_checkpointing=gradient_checkpointing,
-            attention_backend=attention_backend,
-        )
-        return cls(
-            transformer,
-            directory=directory,
-            chunk_size=chunk_size,
-            local_window=local_window,
-            sink_frames=sink_frames,
-            flow_shift=read_flow_shift(directory) if flow_shift is None else flow_shift,
-            trainable=trainable,
-            negative_prompt=negative_prompt,
-            text_length=text_length,
-        )
+        return super().from_pretrained(init_from, **kwargs)
 
     def predict_velocity(
         self,
