@@ -14,7 +14,7 @@ import fv_distill.models
 from fv_distill.models.causal_base import CausalModelBase
 from fv_distill.models.conditioning import IMAGE_COLUMNS, Conditioning
 from fv_distill.models.kv_cache import KVCache
-from fv_distill.models.pretrained import load_component_config, resolve_directory
+from fv_distill.models.pretrained import load_vae_config, read_vae_factors, resolve_directory
 from fv_distill.rng import generator_for
 from fv_distill.rollouts.autoregressive import StreamingGuidance, stream_chunks
 from fv_distill.schedules.shift import shift_sigma
@@ -103,15 +103,19 @@ class VideoStreamer:
                 f"num_inference_steps={num_inference_steps}, but {directory} was distilled to "
                 f"{len(info['sigmas'])} steps"
             )
-        vae = load_component_config(directory, "vae")
-        factor, spatial = int(vae["scale_factor_temporal"]), int(vae["scale_factor_spatial"])
+        factor, spatial = read_vae_factors(directory)
         frames = 1 + (call["num_frames"] - (1 if factor > 1 else 0)) // factor
         return cls(
             model,
             sigmas=info["sigmas"] or even_sigmas(num_inference_steps or DEFAULT_STEPS, model.flow_shift),
             sample_type=info["sample_type"],
             context_noise=causal["context_noise"],
-            latent_shape=(int(vae["z_dim"]), frames, call["height"] // spatial, call["width"] // spatial),
+            latent_shape=(
+                int(load_vae_config(directory)["z_dim"]),
+                frames,
+                call["height"] // spatial,
+                call["width"] // spatial,
+            ),
             frames_per_latent=factor,
             spatial_factor=spatial,
             guidance_scale=DEFAULT_GUIDANCE if info["sigmas"] is None and model.reads_text else 1.0,

@@ -6,6 +6,7 @@ import types
 import pytest
 
 from fv_distill.config import ConfigError, instantiate, resolve_target
+from fv_distill.config.instantiate import accepted_parameters
 
 
 def add(first, second=2, *, third=3):
@@ -58,3 +59,43 @@ def test_instantiate_calls_the_target(monkeypatch):
         instantiate({"_target_": "adders.add"})
     with pytest.raises(ConfigError, match="no _target_ among the keys first"):
         instantiate({"first": 1})
+
+
+class Base:
+    def __init__(self, network, *, shift=1.0):
+        self.shift = shift
+
+    @classmethod
+    def load(cls, path, *, dtype="float32", **options):
+        return cls(path, **options)
+
+    @classmethod
+    def closed(cls, path):
+        return cls(path)
+
+
+class Family(Base):
+    def __init__(self, network, *, guidance=6.0, **kwargs):
+        super().__init__(network, **kwargs)
+        self.guidance = guidance
+
+
+class Renamed(Family):
+    @classmethod
+    def load(cls, path, *, length=8, **kwargs):
+        return super().load(path, **kwargs)
+
+
+def test_keywords_that_a_class_method_hands_on_are_known():
+    """To the same method of its bases and to the constructors, whose required arguments it gives itself."""
+    assert set(accepted_parameters(Family.load)) == {"path", "dtype", "guidance", "shift"}
+    assert set(accepted_parameters(Renamed.load)) == {"path", "length", "dtype", "guidance", "shift"}
+    assert set(accepted_parameters(Family.closed)) == {"path"}
+    assert accepted_parameters(Family) is None and set(accepted_parameters(Base)) == {"network", "shift"}
+    assert (
+        instantiate({"_target_": f"{__name__}.Renamed.load", "path": 1, "guidance": 2.0, "shift": 3.0}).guidance == 2.0
+    )
+    with pytest.raises(ConfigError, match="takes no 'guidence'; it takes guidance"):
+        instantiate({"_target_": f"{__name__}.Renamed.load", "path": 1, "guidence": 2.0})
+    with pytest.raises(ConfigError, match="needs path"):
+        instantiate({"_target_": f"{__name__}.Renamed.load"})

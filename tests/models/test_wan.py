@@ -1,9 +1,13 @@
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_models import TEXT_DIM, TEXT_LENGTH, make_tiny_transformer
 
 from fv_distill.models import Conditioning, UncondPolicy, WanModel, unconditional
+from fv_distill.models.pretrained import read_latent_statistics, read_vae_factors
 
 
 @pytest.fixture
@@ -222,3 +226,26 @@ def test_a_video_goes_to_latents_and_back(tiny_wan, batch):
     assert latents.shape == batch["vae_latent"].shape and latents.dtype == torch.float32
     posterior = encoders.vae.encode(2 * video - 1).latent_dist
     torch.testing.assert_close(latents, posterior.mean)
+
+
+def test_an_older_directory_has_its_vaes_defaults(tiny_wan, tmp_path):
+    """diffusers wrote no scale factors into configs before Wan 2.2; they are the class's defaults."""
+    directory = shutil.copytree(tiny_wan, tmp_path / "older")
+    path = directory / "vae/config.json"
+    config = json.loads(path.read_text())
+    for key in ("scale_factor_temporal", "scale_factor_spatial"):
+        del config[key]
+    path.write_text(json.dumps(config))
+    assert WanModel.from_pretrained(str(directory)).temporal_factor == 4
+    assert read_vae_factors(directory) == (4, 8)
+    del config["_class_name"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="doesn't tell how much larger"):
+        read_vae_factors(directory)
+
+
+def test_latents_of_a_scaling_factor(tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/config.json").write_text(json.dumps({"scaling_factor": 0.25}))
+    mean, std = read_latent_statistics(tmp_path)
+    assert mean.item() == 0 and std.item() == 4

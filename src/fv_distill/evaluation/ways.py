@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fv_distill.export.call_arguments import needs_image, pipeline_of
 from fv_distill.generation import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from fv_distill.models.pipeline_index import pipeline_class
-from fv_distill.models.pretrained import load_component_config
+from fv_distill.models.pretrained import load_vae_config
 
 INFO_FILE = "fv_distill.json"
 REAL_NAME = "real clips"
@@ -176,7 +176,7 @@ def call_of_frames(directory: Path, num_frames: int) -> int:
 
 def temporal_factor(directory: Path) -> int | None:
     """Frames of video per latent frame after the first, of Wan's VAE; None for others."""
-    factor = load_component_config(directory, "vae").get("scale_factor_temporal")
+    factor = load_vae_config(directory).get("scale_factor_temporal")
     return None if factor is None else int(factor)
 
 

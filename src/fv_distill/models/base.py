@@ -21,7 +21,7 @@ from .conditioning import (
     check_condition_shapes,
 )
 from .encoders import Encoders
-from .pretrained import load_network, read_flow_shift, resolve_directory
+from .pretrained import load_network, read_flow_shift, read_latent_statistics, resolve_directory
 from .role_network import RoleNetwork
 
 
@@ -76,6 +76,7 @@ class ModelBase(RoleNetwork, ABC):
         self.text_length = text_length
         # Whether batches come with captions dropped, in whose place the empty prompt goes.
         self.drops_captions = True
+        self.latents_mean, self.latents_std = self.read_statistics(self.directory)
         self._prompts: dict[str, Conditioning] = {}
 
     @classmethod
@@ -133,6 +134,11 @@ class ModelBase(RoleNetwork, ABC):
         )
 
     @classmethod
+    def read_statistics(cls, directory: Path) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of raw latents, each broadcastable to `[B, C, T, H, W]`."""
+        return read_latent_statistics(directory)
+
+    @classmethod
     def check_network(cls, network_config: Any, directory: Path) -> None:
         """Raise a `ValueError` if the network of this config isn't one that the adapter calls rightly."""
 
@@ -168,14 +174,6 @@ class ModelBase(RoleNetwork, ABC):
     @abstractmethod
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """The velocity `eps - x0` at `x_t`, fp32, in the shape of `x_t`."""
-
-    @abstractmethod
-    def normalize_latents(self, latents: Tensor) -> Tensor:
-        """Raw VAE latents to what the network is trained on."""
-
-    @abstractmethod
-    def raw_latents(self, latents: Tensor) -> Tensor:
-        """What `normalize_latents` made its argument from, fp32."""
 
     @abstractmethod
     def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
@@ -223,6 +221,14 @@ class ModelBase(RoleNetwork, ABC):
         return encoder_width
 
     # What follows from it
+
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        """Raw VAE latents to what the network is trained on, `(latents - mean) / std`, fp32."""
+        return (latents.float() - self.latents_mean.to(latents.device)) / self.latents_std.to(latents.device)
+
+    def raw_latents(self, latents: Tensor) -> Tensor:
+        """What `normalize_latents` made its argument from, fp32."""
+        return latents.float() * self.latents_std.to(latents.device) + self.latents_mean.to(latents.device)
 
     def encoders(self) -> Encoders:
         """The family's text encoders and VAE, to be loaded on the network's device and freed with the object."""

@@ -14,7 +14,7 @@ from .clean_frames import COLUMN, check_clean_column, give_frames
 from .conditioning import Conditioning
 from .cosmos_encoders import PIPELINES, CosmosEncoders
 from .latent_checks import check_clip_shape
-from .pretrained import load_component_config, read_pipeline_class, read_vae_factors
+from .pretrained import read_pipeline_class, read_vae_factors
 from .prompt_file import read_prompt_file
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -65,9 +65,6 @@ class CosmosModel(ModelBase):
         self.network_config = cast(Any, transformer).config
         self.pads_before_encoding = bool(self.network_config.use_crossattn_projection)
         self.temporal_factor, _ = read_vae_factors(self.directory)
-        vae = load_component_config(self.directory, "vae")
-        self.latents_mean = torch.tensor(vae["latents_mean"]).view(1, -1, 1, 1, 1)
-        self.latents_std = torch.tensor(vae["latents_std"]).view(1, -1, 1, 1, 1)
         self._set_options(fps=fps, condition_frames=condition_frames, prompt_embeddings=prompt_embeddings)
 
     def _set_options(self, *, fps: float | None, condition_frames: int, prompt_embeddings: str | None) -> None:
@@ -120,14 +117,6 @@ class CosmosModel(ModelBase):
         )
         known = (x_t.float() - clean) / levels.clamp(min=1e-6)
         return torch.where(given, known, velocity.float())
-
-    def normalize_latents(self, latents: Tensor) -> Tensor:
-        """`(latents - mean) / std` with the VAE's per-channel statistics, fp32."""
-        return (latents.float() - self.latents_mean.to(latents.device)) / self.latents_std.to(latents.device)
-
-    def raw_latents(self, latents: Tensor) -> Tensor:
-        """`latents * std + mean`, see `ModelBase.raw_latents`."""
-        return latents.float() * self.latents_std.to(latents.device) + self.latents_mean.to(latents.device)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See `ModelBase.encode_prompts`; embeddings that were given are not made again."""

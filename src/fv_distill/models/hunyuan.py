@@ -12,7 +12,7 @@ from .base import ModelBase
 from .conditioning import Conditioning
 from .hunyuan_encoders import HunyuanVideoEncoders
 from .latent_checks import check_clip_shape
-from .pretrained import load_component_config, read_vae_factors
+from .pretrained import read_vae_factors
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
@@ -50,7 +50,6 @@ class HunyuanVideoModel(ModelBase):
         self.embedded_guidance = _checked_guidance(embedded_guidance)
         self.network_config = cast(Any, transformer).config
         self.temporal_factor, _ = read_vae_factors(self.directory)
-        self.scaling_factor = float(load_component_config(self.directory, "vae")["scaling_factor"])
 
     @classmethod
     def check_network(cls, network_config: Any, directory: Path) -> None:
@@ -80,14 +79,6 @@ class HunyuanVideoModel(ModelBase):
             return_dict=False,
         )
         return velocity.float()
-
-    def normalize_latents(self, latents: Tensor) -> Tensor:
-        """`latents * scaling_factor` of the VAE, fp32."""
-        return latents.float() * self.scaling_factor
-
-    def raw_latents(self, latents: Tensor) -> Tensor:
-        """`latents / scaling_factor`, see `ModelBase.raw_latents`."""
-        return latents.float() / self.scaling_factor
 
     def sampling_arguments(self, guidance_scale: float | None) -> dict[str, Any]:
         """See `ModelBase.sampling_arguments`; the pipeline's `guidance_scale` is the embedded one."""

@@ -51,7 +51,6 @@ class HunyuanVideo15Model(ModelBase):
         self.network_config = cast(Any, transformer).config
         self.sees_an_image = read_pipeline_class(self.directory) == IMAGE_PIPELINE
         self.temporal_factor, _ = read_vae_factors(self.directory)
-        self.scaling_factor = float(load_component_config(self.directory, "vae")["scaling_factor"])
 
     @classmethod
     def check_network(cls, network_config: Any, directory: Path) -> None:
@@ -98,14 +97,6 @@ class HunyuanVideo15Model(ModelBase):
             return_dict=False,
         )
         return velocity.float()
-
-    def normalize_latents(self, latents: Tensor) -> Tensor:
-        """`latents * scaling_factor` of the VAE, fp32."""
-        return latents.float() * self.scaling_factor
-
-    def raw_latents(self, latents: Tensor) -> Tensor:
-        """`latents / scaling_factor`, see `ModelBase.raw_latents`."""
-        return latents.float() / self.scaling_factor
 
     def sampling_arguments(self, guidance_scale: float | None) -> dict[str, Any]:
         """See `ModelBase.sampling_arguments`; this pipeline's guidance is a component of it, the guider."""

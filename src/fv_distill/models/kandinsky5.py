@@ -12,7 +12,7 @@ from .base import ModelBase
 from .conditioning import Conditioning
 from .kandinsky5_encoders import Kandinsky5Encoders
 from .latent_checks import check_clip_shape
-from .pretrained import load_component_config, read_pipeline_class, read_vae_factors
+from .pretrained import read_pipeline_class, read_vae_factors
 
 _ATTENTION = ("to_query", "to_key", "to_value", *(f"{kind}_attention.out_layer" for kind in ("self", "cross")))
 _FEED_FORWARD = ("feed_forward.in_layer", "feed_forward.out_layer")
@@ -51,7 +51,6 @@ class Kandinsky5Model(ModelBase):
         # diffusers doesn't state what FSDP2 is to wrap; the whole network at once would defeat it.
         network._no_split_modules = ["Kandinsky5TransformerEncoderBlock", "Kandinsky5TransformerDecoderBlock"]
         self.temporal_factor, self.spatial_factor = read_vae_factors(self.directory)
-        self.scaling_factor = float(load_component_config(self.directory, "vae")["scaling_factor"])
 
     @classmethod
     def check_network(cls, network_config: Any, directory: Path) -> None:
@@ -105,14 +104,6 @@ class Kandinsky5Model(ModelBase):
         """By what positions are divided along T, H and W, as `Kandinsky5T2VPipeline` chooses it by the clip's size."""
         is_480p = all(480 <= self.spatial_factor * length <= 854 for length in size)
         return (1.0, 2.0, 2.0) if is_480p else (1.0, 3.16, 3.16)
-
-    def normalize_latents(self, latents: Tensor) -> Tensor:
-        """`latents * scaling_factor` of the VAE, fp32."""
-        return latents.float() * self.scaling_factor
-
-    def raw_latents(self, latents: Tensor) -> Tensor:
-        """`latents / scaling_factor`, see `ModelBase.raw_latents`."""
-        return latents.float() / self.scaling_factor
 
     def condition_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """See `ModelBase.condition_shapes`."""

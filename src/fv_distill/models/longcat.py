@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from . import clean_frames
@@ -12,7 +11,7 @@ from .base import ModelBase
 from .conditioning import Conditioning
 from .latent_checks import check_clip_shape
 from .longcat_encoders import LongCatEncoders
-from .pretrained import load_component_config
+from .pretrained import read_vae_factors
 from .transformers.longcat import LongCatVideoTransformer3DModel
 
 
@@ -54,10 +53,7 @@ class LongCatVideoModel(ModelBase):
         super().__init__(transformer, directory=directory, **kwargs)
         self.condition_frames = clean_frames.check_condition_frames(condition_frames)
         self.network_config = cast(Any, transformer).config
-        vae = load_component_config(self.directory, "vae")
-        self.temporal_factor = int(vae["scale_factor_temporal"])
-        self.latents_mean = torch.tensor(vae["latents_mean"]).view(1, -1, 1, 1, 1)
-        self.latents_std = torch.tensor(vae["latents_std"]).view(1, -1, 1, 1, 1)
+        self.temporal_factor, _ = read_vae_factors(self.directory)
 
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelBase.predict_velocity`."""
@@ -83,14 +79,6 @@ class LongCatVideoModel(ModelBase):
             **options,
         )
         return -output.float()
-
-    def normalize_latents(self, latents: Tensor) -> Tensor:
-        """`(latents - mean) / std` with the VAE's per-channel statistics, fp32."""
-        return (latents.float() - self.latents_mean.to(latents.device)) / self.latents_std.to(latents.device)
-
-    def raw_latents(self, latents: Tensor) -> Tensor:
-        """`latents * std + mean`, see `ModelBase.raw_latents`."""
-        return latents.float() * self.latents_std.to(latents.device) + self.latents_mean.to(latents.device)
 
     def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
         """See `ModelBase.check_latent_shape`."""

@@ -69,7 +69,11 @@ class LTX2VideoModel(ModelBase):
         if fps <= 0:
             raise ValueError(f"fps={fps:g} must be positive")
         self.fps, self.condition_frames = fps, clean_frames.check_condition_frames(condition_frames)
-        self.latents_mean, self.latents_std = read_statistics(self.directory)
+
+    @classmethod
+    def read_statistics(cls, directory: Path) -> tuple[Tensor, Tensor]:
+        """See `ModelBase.read_statistics`."""
+        return read_statistics(directory)
 
     @classmethod
     def from_pretrained(cls, init_from: str, *, text_length: int = 1024, **kwargs: Any) -> Self:
@@ -122,14 +126,6 @@ class LTX2VideoModel(ModelBase):
     def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
         conditioning = super()._conditioning(batch)
         return clean_frames.give_frames(conditioning, batch, self.condition_frames, self.normalize_latents)
-
-    def normalize_latents(self, latents: Tensor) -> Tensor:
-        """`(latents - mean) / std` with the VAE's per-channel statistics, fp32."""
-        return (latents.float() - self.latents_mean.to(latents.device)) / self.latents_std.to(latents.device)
-
-    def raw_latents(self, latents: Tensor) -> Tensor:
-        """`latents * std + mean`, see `ModelBase.raw_latents`."""
-        return latents.float() * self.latents_std.to(latents.device) + self.latents_mean.to(latents.device)
 
     def sampling_arguments(self, guidance_scale: float | None) -> dict[str, Any]:
         """See `ModelBase.sampling_arguments`; without guidance the picture is made blind to the sound."""

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from .base import ModelBase
@@ -47,9 +46,6 @@ class MatrixGame2Model(ModelBase):
         self.network_config = cast(Any, transformer).config
         self.actions = cast(MatrixGame2Transformer3DModel, transformer).actions
         self.temporal_factor = self.actions.vae_time_compression_ratio
-        vae = load_component_config(self.directory, "vae")
-        self.latents_mean = torch.tensor(vae["latents_mean"]).view(1, -1, 1, 1, 1)
-        self.latents_std = torch.tensor(vae["latents_std"]).view(1, -1, 1, 1, 1)
 
     @classmethod
     def check_network(cls, network_config: Any, directory: Path) -> None:
@@ -90,14 +86,6 @@ class MatrixGame2Model(ModelBase):
     def beside_first_frame(self, x_t: Tensor, conditioning: Conditioning, *, start_frame: int = 0) -> Tensor:
         """The network's input for latents `[B, C, T, H, W]` that begin at `start_frame` of the clip."""
         return beside_first_frame(x_t, conditioning.extras.get("first_frame_latent"), start_frame=start_frame)
-
-    def normalize_latents(self, latents: Tensor) -> Tensor:
-        """`(latents - mean) / std` with the VAE's per-channel statistics, fp32."""
-        return (latents.float() - self.latents_mean.to(latents.device)) / self.latents_std.to(latents.device)
-
-    def raw_latents(self, latents: Tensor) -> Tensor:
-        """`latents * std + mean`, see `ModelBase.raw_latents`."""
-        return latents.float() * self.latents_std.to(latents.device) + self.latents_mean.to(latents.device)
 
     def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
         """See `ModelBase.check_latent_shape`."""

@@ -1,10 +1,12 @@
 """Reading diffusers directories: where a model is, what its configs say, and replacing its weights."""
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -80,6 +82,19 @@ def read_pipeline_class(directory: Path) -> str:
     return read_model_index(directory)["_class_name"]
 
 
+def load_vae_config(directory: Path) -> dict[str, Any]:
+    """The VAE's config, completed by the defaults of its diffusers class: older directories leave out what came later.
+
+    Raises:
+        FileNotFoundError: if the directory has no VAE.
+    """
+    config = load_component_config(directory, "vae")
+    kind = getattr(diffusers, config.get("_class_name", ""), None)
+    parameters = {} if kind is None else inspect.signature(kind.__init__).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    return {**defaults, **config}
+
+
 def read_vae_factors(directory: Path) -> tuple[int, int]:
     """Frames per latent frame, and pixels per latent along height and width, as the directory's VAE config tells them.
 
@@ -87,14 +102,23 @@ def read_vae_factors(directory: Path) -> tuple[int, int]:
         FileNotFoundError: if the directory has no VAE.
         ValueError: if its config names neither factor as diffusers' VAEs do.
     """
-    config = load_component_config(directory, "vae")
+    config = load_vae_config(directory)
     for temporal, spatial in (
         ("scale_factor_temporal", "scale_factor_spatial"),
         ("temporal_compression_ratio", "spatial_compression_ratio"),
     ):
-        if temporal in config and spatial in config:
+        if config.get(temporal) is not None and config.get(spatial) is not None:
             return int(config[temporal]), int(config[spatial])
     raise ValueError(f"{directory / 'vae' / 'config.json'} doesn't tell how much larger clips are than latents")
+
+
+def read_latent_statistics(directory: Path) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of raw latents, broadcastable to `[B, C, T, H, W]`: by channel, or of a scaling factor."""
+    config = load_vae_config(directory)
+    if config.get("latents_mean") is None:
+        return torch.zeros(1, 1, 1, 1, 1), torch.full((1, 1, 1, 1, 1), 1 / float(config["scaling_factor"]))
+    mean, std = (torch.tensor(config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return mean, std
 
 
 def read_flow_shift(directory: Path) -> float:

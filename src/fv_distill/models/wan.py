@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .base import ModelBase
 from .conditioning import Conditioning
-from .pretrained import load_component_config, load_network, read_flow_shift, resolve_directory
+from .pretrained import load_network, read_flow_shift, read_vae_factors, resolve_directory
 from .wan_encoders import WanEncoders
 from .wan_two_experts import Expert, choose_expert
 
@@ -47,10 +47,7 @@ class WanModel(ModelBase):
         self.expert = expert or Expert()
         self.component, self.sigma_range = self.expert.component, self.expert.sigma_range
         self.network_config = cast(Any, transformer).config
-        vae = load_component_config(self.directory, "vae")
-        self.temporal_factor = int(vae["scale_factor_temporal"])
-        self.latents_mean = torch.tensor(vae["latents_mean"]).view(1, -1, 1, 1, 1)
-        self.latents_std = torch.tensor(vae["latents_std"]).view(1, -1, 1, 1, 1)
+        self.temporal_factor, _ = read_vae_factors(self.directory)
 
     @classmethod
     def from_pretrained(
@@ -170,14 +167,6 @@ class WanModel(ModelBase):
             **inputs,
         )
         return velocity.float()
-
-    def normalize_latents(self, latents: Tensor) -> Tensor:
-        """`(latents - mean) / std` with the VAE's per-channel statistics, fp32."""
-        return (latents.float() - self.latents_mean.to(latents.device)) / self.latents_std.to(latents.device)
-
-    def raw_latents(self, latents: Tensor) -> Tensor:
-        """`latents * std + mean`, see `ModelBase.raw_latents`."""
-        return latents.float() * self.latents_std.to(latents.device) + self.latents_mean.to(latents.device)
 
     def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
         """See `ModelBase.check_latent_shape`: channels, patch divisibility and 4k + 1 frames."""

@@ -12,7 +12,7 @@ from transformers import CLIPVisionModel
 
 from .conditioning import Conditioning
 from .encoders import Encoders
-from .pretrained import load_component_config, read_model_index
+from .pretrained import load_component_config, read_latent_statistics, read_model_index
 
 # What no encoder needs of any Wan pipeline; a name that a directory doesn't have is ignored.
 _NETWORKS = ("transformer", "transformer_2")
@@ -99,10 +99,7 @@ class WanImageEncoders(WanEncoders):
         return features
 
     def _normalized(self, raw: Tensor) -> Tensor:
-        mean, std = (
-            torch.tensor(values, device=raw.device).view(1, -1, 1, 1, 1)
-            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
-        )
+        mean, std = (value.to(raw.device) for value in read_latent_statistics(self.directory))
         return (raw - mean) / std
 
     def _clip_features(self, frames: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .conditioning import Conditioning, PreparedBatch
-from .pretrained import load_component_config, read_model_index
+from .pretrained import load_component_config, read_model_index, read_vae_factors
 from .wan import WanModel
 from .wan_encoders import WanImageEncoders
 
@@ -68,7 +68,7 @@ class WanImageToVideoModel(WanModel):
             if read != own:
                 raise ValueError(f"{directory} has expand_timesteps, but its network reads {read} channels, not {own}")
             return
-        frames = int(load_component_config(directory, "vae")["scale_factor_temporal"])
+        frames, _ = read_vae_factors(directory)
         if read != 2 * own + frames:
             raise ValueError(
                 f"{directory} is no image-to-video Wan: its network reads {read} channels, not {own} noisy ones, a "

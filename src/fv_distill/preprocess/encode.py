@@ -1,26 +1,21 @@
 """From frames and captions to the tensors of a row."""
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from torch import Tensor
 
 from fv_distill.models.encoders import Encoders
 from fv_distill.models.pipeline_index import network_folder
-from fv_distill.models.pretrained import load_component_config
+from fv_distill.models.pretrained import load_component_config, read_vae_factors
 
 from .decode import BadClipError
 
 # Above 720p the activations of a whole frame pass what a device of 24 GB has beside the VAE.
 TILING_AREA = 1280 * 720
-_TEMPORAL_KEYS = ("scale_factor_temporal", "temporal_compression_ratio")
-_SPATIAL_KEYS = ("scale_factor_spatial", "spatial_compression_ratio")
 
 
 @dataclass(frozen=True)
@@ -53,9 +48,8 @@ def read_geometry(directory: Path) -> Geometry:
         FileNotFoundError: if it has no VAE.
         ValueError: if the VAE's config doesn't tell its factors.
     """
-    vae = load_component_config(directory, "vae")
-    patch = _patch(directory)
-    return Geometry(_factor(vae, _TEMPORAL_KEYS, directory), _factor(vae, _SPATIAL_KEYS, directory) * patch)
+    temporal, spatial = read_vae_factors(directory)
+    return Geometry(temporal, spatial * _patch(directory))
 
 
 def _patch(directory: Path) -> int:
@@ -66,18 +60,6 @@ def _patch(directory: Path) -> int:
     size = load_component_config(directory, folder).get("patch_size", 1)
     # HunyuanVideo and LTX-2 have the temporal size apart; the others give time, height and width.
     return int(size if isinstance(size, int) else max(size[1:]))
-
-
-def _factor(vae: dict[str, Any], keys: Sequence[str], directory: Path) -> int:
-    # Older directories leave out what is their class's default.
-    kind = getattr(diffusers, vae.get("_class_name", ""), None)
-    defaults = {} if kind is None else inspect.signature(kind.__init__).parameters
-    for key in keys:
-        if vae.get(key) is not None:
-            return int(vae[key])
-        if key in defaults and isinstance(defaults[key].default, int):
-            return defaults[key].default
-    raise ValueError(f"{directory}/vae/config.json has none of {', '.join(keys)}; clips can't be fitted to it")
 
 
 def encode_captions(encoders: Encoders, captions: Sequence[str], dtype: torch.dtype) -> list[dict[str, Tensor]]:
