@@ -7,10 +7,12 @@ the allocator to torch's profiler.
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from fv_distill.callbacks.base import Callback
@@ -36,14 +38,29 @@ class WatchLastStep(Callback):
 
     @property
     def most_allocated(self) -> int:
-        """The most bytes that the allocator had given out since the step began, and not yet got back."""
-        events = [event for event in self.profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        """The most bytes that the allocator had given out since the step began, and not yet got back.
+
+        What gloo's threads free the profiler doesn't see; that an address is given out again tells of it.
+        """
+        events = sorted(self._allocations())
         assert len(events) > 100, "the profiler saw no memory"
+        held: dict[int, int] = {}
         now = most = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            now += event.nbytes()
+        for _, address, size in events:
+            now += size - held.pop(address, 0) if size > 0 else (-held.pop(address) if address in held else size)
+            if size > 0:
+                held[address] = size
             most = max(most, now)
         return most
+
+    def _allocations(self) -> Iterator[tuple[int, int, int]]:
+        """Time, address and bytes of each; less than none for what is given back."""
+        nodes = list(self.profiler.profiler.kineto_results.experimental_event_tree())
+        while nodes:
+            node = nodes.pop()
+            nodes += node.children
+            if node.tag == _EventType.Allocation:
+                yield node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size
 
 
 def measured_peak(config_file: Path, *, steps: int) -> int:

@@ -8,12 +8,13 @@ from tiny_runs import finetune_config, kd_config, write_config
 
 from fv_distill import cli
 from fv_distill.config import load_run_config
+from fv_distill.data import ParquetDataset, write_rows
 from fv_distill.estimate import Layout
 from fv_distill.estimate.advice import advice, fits
 from fv_distill.estimate.estimate import Device
 from fv_distill.methods import FineTuneMethod, TrainingMethod
 from fv_distill.training import run_training_from_config
-from fv_distill.training.estimating import estimate_run
+from fv_distill.training.estimating import estimate_run, latent_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 FINETUNE = ROOT / "examples/configs/finetune/wan2.1_1.3b.yaml"
@@ -130,3 +131,15 @@ def test_a_dry_run_ends_with_the_estimate(tiny_wan, tiny_rows, tmp_path, capsys,
     monkeypatch.setattr(FineTuneMethod, "network_calls", TrainingMethod.network_calls)
     run_training_from_config(path, dry_run=True)
     assert "no estimate: FineTuneMethod does not say which networks it calls" in capsys.readouterr().out
+
+
+def test_of_clips_of_several_shapes_the_largest_counts(tiny_wan, tiny_rows, tmp_path):
+    rows = [
+        dict(row) for row in map(ParquetDataset(str(tiny_rows), cache_dir=str(tmp_path / "cache")).__getitem__, (0, 1))
+    ]
+    tensors = [{key: row[key] for key in ("caption", "text_embedding", "vae_latent")} for row in rows]
+    tensors[0]["vae_latent"] = tensors[0]["vae_latent"][..., :2]
+    write_rows(tmp_path / "rows/rows.parquet", tensors)
+    config = finetune_config(tiny_wan, tmp_path / "rows", tmp_path / "run")
+    path = write_config(config, tmp_path / "run.yaml")
+    assert latent_shape(load_run_config(path)) == tuple(rows[1]["vae_latent"].shape)

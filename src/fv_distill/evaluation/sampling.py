@@ -23,8 +23,10 @@ from fv_distill.rng import derive_seed, generator_for
 
 from .clips import Batch, Clip, Cost
 from .counting import PeakMemory, fingerprint, synchronize, watch_calls
-from .ways import ClipSize, Way, call_of_frames
+from .ways import ClipSize, Way, call_of_frames, read_info
 
+# The evaluation's own to choose.
+_SIZES = ("num_frames", "height", "width", "max_sequence_length")
 _NETWORKS = ("transformer", "transformer_2", "unet")
 
 
@@ -106,6 +108,13 @@ class PipelineSampler:
         wanted = {"num_inference_steps": way.steps, "guidance_scale": way.guidance, "negative_prompt": negative_prompt}
         given = {**wanted, "num_frames": frames, "height": size.height, "width": size.width}
         given = {key: value for key, value in given.items() if value is not None}
+        exported = read_info(way.directory)
+        if exported.get("sigmas") is not None:
+            # What a student of few steps is called with besides: the other guidances that a family has, say.
+            own = {
+                key: value for key, value in exported["call"].items() if key not in _SIZES and key in self._parameters
+            }
+            given = own | given
         if missing := [key for key in given if key not in self._parameters]:
             raise ValueError(f"{way.directory} is a {name}, whose call takes no {missing[0]}; leave the option out")
         if size.max_sequence_length is not None and "max_sequence_length" in self._parameters:

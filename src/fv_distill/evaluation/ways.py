@@ -90,6 +90,11 @@ def make_way(name: str, directory: Path, *, steps: int | None, guidance: float |
         guidance = info["call"].get("guidance_scale") if guidance is None else guidance
         steps = trained
     causal = bool(info.get("causal"))
+    if not info.get("reads_text", True):
+        raise ValueError(
+            f"{directory} makes videos of images and actions; evaluate gives prompts alone and can't compare such "
+            "models"
+        )
     pipeline = None if causal else pipeline_of(directory)
     if pipeline is not None and needs_image(pipeline):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -137,7 +138,7 @@ def estimate_run(config: RunConfig, layout: Layout, device: Device) -> Estimate:
 
 
 def latent_shape(config: RunConfig) -> tuple[int, int, int, int]:
-    """`[C, T, H, W]` of the config, or of the first row of its data.
+    """`[C, T, H, W]` of the config, or of the largest rows of its data.
 
     Raises:
         ValueError: if neither tells.
@@ -146,16 +147,16 @@ def latent_shape(config: RunConfig) -> tuple[int, int, int, int]:
     if data.latent_shape is not None:
         return data.latent_shape
     try:
-        row = ParquetDataset(data.data_path, required=(), on_bad_row=data.on_bad_row, cache_dir=data.cache_dir)[0]
+        dataset = ParquetDataset(data.data_path, required=(), on_bad_row=data.on_bad_row, cache_dir=data.cache_dir)
     except FileNotFoundError as error:
         raise ValueError(
             f"the clips' shape is not known: training.data.data_path={data.data_path!r} is not there to look at; set "
             "--training.data.latent_shape '[C, T, H, W]', such as '[16, 21, 60, 104]'"
         ) from error
-    if "vae_latent" in row:
-        return tuple(row["vae_latent"].shape)
-    if STATES in row:
-        return tuple(row[STATES].shape[1:])
+    rows = [dataset[int(bucket[0])] for bucket in dataset.buckets]
+    clips = [tuple(row["vae_latent"].shape) for row in rows if "vae_latent" in row]
+    if found := clips or [tuple(row[STATES].shape[1:]) for row in rows if STATES in row]:
+        return max(found, key=math.prod)
     raise ValueError("the rows of training.data.data_path hold text only; set training.data.latent_shape")
 
 

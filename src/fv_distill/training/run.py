@@ -1,5 +1,6 @@
 """From a config to a finished run: the pieces that the example scripts put together by hand."""
 
+import math
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -264,7 +265,9 @@ def print_dry_run(trainer: Trainer) -> None:
     # Assembled from what is in this file.
     from .estimating import print_dry_run_estimate
 
-    print_dry_run_estimate(trainer.config, trainer.accelerator, trainer.latent_shape)
+    # The largest clips are what has to fit.
+    largest = max(trainer.latent_shapes, key=math.prod)
+    print_dry_run_estimate(trainer.config, trainer.accelerator, largest)
     console.print(
         f"{len(trainer.dataset)} rows, global batch {plan.global_batch_size}, "
         f"{trainer.config.training.loop.max_train_steps} steps; dry run: nothing was trained",
