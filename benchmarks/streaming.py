@@ -65,7 +65,9 @@ def make_directory(folder: Path) -> Path:
     """As much of a pipeline directory as an adapter reads."""
     (folder / "vae").mkdir()
     statistics_ = {"latents_mean": [0.0] * CHANNELS, "latents_std": [1.0] * CHANNELS}
-    (folder / "vae" / "config.json").write_text(json.dumps({"scale_factor_temporal": 4, **statistics_}))
+    (folder / "vae" / "config.json").write_text(
+        json.dumps({"scale_factor_temporal": 4, "scale_factor_spatial": 8, **statistics_})
+    )
     return folder
 
 
