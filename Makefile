@@ -22,10 +22,9 @@ demo-lora: $(STAMP)
 demo-causal: $(STAMP)
 	$(BIN)/python examples/scenarios/causal_wan/run.py --overwrite
 
-# MKL_CBWR: without it MKL's sums depend on where memory lies, and tests compare runs to the bit.
 # A thread each: tests are small, and two workers that share cores with their own threads wait for each other.
 test: $(STAMP)
-	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile
 
 style: $(STAMP)
 	$(BIN)/ruff format .

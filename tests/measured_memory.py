@@ -91,6 +91,9 @@ def main() -> None:
     peak = measured_peak(Path(config_file), steps=int(steps))
     if os.environ.get("RANK", "0") == "0":
         Path(output).write_text(str(peak))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from fv_distill.callbacks import Callback
@@ -70,3 +71,6 @@ def run(job):
 if __name__ == "__main__":
     for described in json.loads(Path(sys.argv[1]).read_text()):
         run(described)
+    # A process that ends with its groups alive is aborted now and then: "terminate called without an active exception".
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -10,6 +10,7 @@ from tiny_longcat import make_tiny_network
 from tiny_models import LATENT_CHANNELS, TEXT_DIM
 from torch.nn import functional as F  # noqa: N812
 
+from fv_distill.models.pretrained import set_attention_backend
 from fv_distill.models.transformers import LongCatVideoTransformer3DModel
 
 FRAMES, ROWS, COLUMNS, HEADS, LENGTH = 3, 2, 3, 2, 7
@@ -266,7 +267,7 @@ def test_it_is_saved_and_loaded_with_the_published_configs_keys(inputs, tmp_path
 def test_the_attention_backend_is_used(inputs):
     network = make_tiny_network()
     before = run(network, inputs)
-    network.set_attention_backend("_native_math")
+    set_attention_backend(network, "_native_math")
     torch.testing.assert_close(run(network, inputs), before, atol=1e-5, rtol=0)
     layers = [layer for block in network.blocks for layer in (block.attn, block.cross_attn)]
     assert {layer.processor._attention_backend.value for layer in layers} == {"_native_math"}

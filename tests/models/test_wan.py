@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from safetensors.torch import save_file
 from tiny_models import TEXT_DIM, TEXT_LENGTH, make_tiny_transformer
 
@@ -99,6 +100,9 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_wan, batch):
 
 
 def test_attention_backend_is_set_and_a_wrong_one_refused(tiny_wan, batch):
+    """On the network alone: diffusers would make it every other one's as well, a teacher's that asks for none."""
+    default = _AttentionBackendRegistry.get_active_backend()
+    assert default[0] != AttentionBackendName._NATIVE_MATH
     native = WanModel.from_pretrained(str(tiny_wan), attention_backend="_native_math", text_length=TEXT_LENGTH)
     plain = WanModel.from_pretrained(str(tiny_wan), text_length=TEXT_LENGTH)
     prepared = plain.prepare_batch(batch)
@@ -106,6 +110,9 @@ def test_attention_backend_is_set_and_a_wrong_one_refused(tiny_wan, batch):
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
     with pytest.raises(ValueError):
         WanModel.from_pretrained(str(tiny_wan), attention_backend="warp_drive")
+    assert _AttentionBackendRegistry.get_active_backend() == default
+    for model, backend in ((native, AttentionBackendName._NATIVE_MATH), (plain, None)):
+        assert {block.attn1.processor._attention_backend for block in model.transformer.blocks} == {backend}
 
 
 def test_half_precision_networks_return_fp32(tiny_wan, batch):

@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -178,8 +179,24 @@ def load_network(
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if attention_backend is not None:
-        transformer.set_attention_backend(attention_backend)
+        set_attention_backend(transformer, attention_backend)
     return transformer
+
+
+def set_attention_backend(network: Any, backend: str) -> None:
+    """Let one network compute attention by a diffusers backend, and no other.
+
+    diffusers' method of that name makes the backend also the default of the whole process: of every network that has
+    none of its own, the other roles for instance.
+
+    Raises:
+        ValueError: for a backend that diffusers doesn't know.
+    """
+    default, _ = _AttentionBackendRegistry.get_active_backend()
+    try:
+        network.set_attention_backend(backend)
+    finally:
+        _AttentionBackendRegistry.set_active_backend(default)
 
 
 def _without_weights(network_class: type[Any], directory: Path, subfolder: str, dtype: torch.dtype) -> nn.Module:
