@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fv_distill.export.checkpoint_weights import read_stored_tensors
+from fv_distill.gloo import await_gloo_at_exit
 from fv_distill.training.checkpoint_state import (
     network_tensors,
     optimizer_facts,
@@ -111,6 +112,7 @@ def refuse_rows():
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
+    await_gloo_at_exit()
     main(Path(sys.argv[1]))
     refused = refuse_rows()
     if dist.get_rank() == 0:

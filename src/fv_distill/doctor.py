@@ -262,7 +262,7 @@ def _self_test(backend: str) -> Check:
         fix = f"look for a firewall or a wrong network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME){busy}"
         return Check(name, "error", f"no answer in {SELF_TEST_SECONDS} s", fix)
     if done.returncode:
-        found = re.search(r"^(?:\[rank\d+\]: *)?(\w*Error: .*)", done.stderr, re.MULTILINE)
+        found = re.search(r"^(?:\[rank\d+\]: *)?(\w*Error: .*|terminate called .*)", done.stderr, re.MULTILINE)
         detail = found[1] if found else f"status {done.returncode}"
         return Check(name, "error", detail, f"torchrun --nproc_per_node 2 -m {_SELF_TEST} {backend} shows all of it")
     return Check(name, "ok", "a sum over both, and a step of an FSDP2-sharded layer equal to the whole one's")

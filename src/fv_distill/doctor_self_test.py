@@ -10,6 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from fv_distill.gloo import await_gloo_at_exit
+
 
 def main() -> None:
     """Fail with an error that says what went wrong."""
@@ -18,6 +20,7 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(backend)
+    await_gloo_at_exit()
     try:
         check_sum(device)
         check_sharded_step(device)

@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from fv_distill.console import console
 from fv_distill.data.schema import DataError
+from fv_distill.gloo import await_gloo_at_exit
 from fv_distill.models.encoders import Encoders
 from fv_distill.models.pretrained import parse_dtype, resolve_directory
 
@@ -50,6 +51,7 @@ def preprocess(options: PreprocessOptions) -> Summary:
     """
     # Without the flag accelerate starts no process group for several processes on a machine that has only CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_WAIT)
+    await_gloo_at_exit()
     work = Preprocessing(options, state)
     work.prepare_output()
     work.encode_texts()

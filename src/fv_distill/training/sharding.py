@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from fv_distill.config.schema import Placement
 from fv_distill.console import console
+from fv_distill.gloo import await_gloo_at_exit
 from fv_distill.models.base import ModelBase
 
 from .launch_modes import check_launch, cpu_offload_policy, enable_fsdp2_on_cpu, mesh_hidden_on_cpu, wants_fsdp
@@ -58,6 +59,7 @@ def make_accelerator(
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[] if timeout_minutes is None else [_process_group_timeout(timeout_minutes)],
         )
+    await_gloo_at_exit()
     if accelerator.mixed_precision not in ("no", "bf16"):
         # DMD gradients leave fp16's range.
         raise ValueError(f"mixed_precision {accelerator.mixed_precision} is not supported; use bf16 or no")
