@@ -54,6 +54,7 @@ class Probe(Callback):
         return {
             "wrapper": type(model.transformer).__name__ if network is not model.transformer else None,
             "dtypes": sorted({str(parameter.dtype) for parameter in parameters}),
+            "computes": str(model.compute_dtype),
             "units": len(units),
             "mesh": sorted(meshes),
             "group_offloading": _is_group_offload_enabled(network),

@@ -84,6 +84,7 @@ CLOSE = {
     "finetune-ddp-bf16": Run("finetune", "ddp_8gpu"),
     "dmd2-fsdp2-bf16": Run("dmd2", "fsdp2_8gpu"),
     "dmd2-fsdp2-bf16-shared": Run("dmd2", "fsdp2_8gpu", SHARED),
+    "self_forcing-ddp-bf16": Run("self_forcing", "ddp_8gpu"),
     "dmd2_adapters-ddp-bf16": Run("dmd2_adapters", "ddp_8gpu"),
     "dmd2_adapters-fsdp2-bf16": Run("dmd2_adapters", "fsdp2_8gpu"),
 }
@@ -238,6 +239,7 @@ def assert_trains_in_bf16(found, output_dir, one_process, run):
     assert metrics(output_dir) != metrics(one_process(run.method)), "nothing was computed in bf16"
     for role in found["gradients"]:
         assert found["roles"][role]["dtypes"] == ["torch.float32"], "master weights"
+        assert found["roles"][role]["computes"] == "torch.bfloat16", "what causal students keep of earlier chunks"
         assert found["gradients"][role] == ["torch.float32"]
     if "teacher" in found["roles"]:
         # diffusers keeps norms and the time embedding in float32.

@@ -271,12 +271,18 @@ def test_half_precision_streams_and_returns_fp32(load):
 @torch.no_grad()
 def test_autocast_runs_every_path(load):
     model, clean = load(), draw(3, 2, *SHAPE)
-    cache = model.new_cache(2, SHAPE, dtype=torch.bfloat16)
+    model.compute_on(torch.device("cpu"), torch.bfloat16)
+    cache, wide_cache = model.new_cache(2, SHAPE), model.new_cache(2, SHAPE, dtype=torch.float32)
+    assert cache.entries.dtype == torch.bfloat16
     exact = model.predict_velocity(clean, SIGMA, conditioning(), clean_history=clean)
     with torch.autocast("cpu", torch.bfloat16):
         masked = model.predict_velocity(clean, SIGMA, conditioning(), clean_history=clean)
         store(model, cache, clean, stop=2)
-        streamed = model.predict_velocity_streaming(clean[:, :, 2:4], SIGMA, conditioning(), cache=cache, start_frame=2)
+        store(model, wide_cache, clean, stop=2)
+        chunk = {"x_t": clean[:, :, 2:4], "sigma": SIGMA, "conditioning": conditioning(), "start_frame": 2}
+        streamed = model.predict_velocity_streaming(**chunk, cache=cache)
+        # Autocast's keys and values are bfloat16 already: storing them as such loses nothing.
+        assert torch.equal(model.predict_velocity_streaming(**chunk, cache=wide_cache), streamed)
     assert masked.dtype == streamed.dtype == torch.float32
     torch.testing.assert_close(masked, exact, atol=0.1, rtol=0)
     torch.testing.assert_close(streamed, exact[:, :, 2:4], atol=0.1, rtol=0)

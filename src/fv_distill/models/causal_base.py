@@ -109,7 +109,7 @@ class CausalModelBase(ModelBase):
             latent_shape: of each of them.
             rolling: keep only what the coming chunk can see, sinks and window, however long the clip; for generation
                 without gradients.
-            dtype: of what is stored; None is the network's.
+            dtype: of what is stored; None is what the network computes in.
 
         Raises:
             ValueError: for a rolling cache without a window, or latents that don't fit the network.

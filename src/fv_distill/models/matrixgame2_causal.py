@@ -88,7 +88,7 @@ class CausalMatrixGame2Model(CausalModelBase, MatrixGame2Model):
             sink_frames=min(self.sink_frames, latent_shape[1] - 1),
             local_window=self.local_window,
             device=self.device,
-            dtype=dtype or self.dtype,
+            dtype=dtype or self.compute_dtype,
         )
 
     def cache_sizes(self, batch_size: int, latent_shape: Sequence[int], *, rolling: bool = False) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class RoleNetwork:
         self.switch: AdapterSwitch | None = None
         self.is_on_base = False
         self._device: torch.device | None = None
+        self._compute_dtype: torch.dtype | None = None
         transformer.requires_grad_(trainable).train(trainable)
 
     def add_lora(
@@ -131,6 +132,12 @@ class RoleNetwork:
         """Where the network computes; offloaded weights are elsewhere between its calls."""
         return self._device or next(self.transformer.parameters()).device
 
-    def compute_on(self, device: torch.device) -> None:
-        """Say where the network computes, for weights that don't tell."""
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the network's layers compute in: another type than its weights' under autocast."""
+        return self._compute_dtype or self.dtype
+
+    def compute_on(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Say where the network computes, and in what, for weights that don't tell; no type is the weights' own."""
         self._device = device
+        self._compute_dtype = dtype
