@@ -14,7 +14,8 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from tiny_kandinsky5 import POOLED_DIM, make_tiny_kandinsky5_directory
+from tiny_hunyuan import POOLED_DIM
+from tiny_kandinsky5 import make_tiny_kandinsky5_directory
 from tiny_longcat import make_tiny_longcat_directory
 from tiny_ltx2 import make_tiny_ltx2_directory
 from tiny_models import TEXT_DIM, TEXT_LENGTH

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import Kandinsky5T2VPipeline
 from tiny_hunyuan import LATENT_CHANNELS
-from tiny_kandinsky import FLOW_SHIFT, make_tiny_kandinsky_directory, make_tiny_kandinsky_transformer
+from tiny_kandinsky5 import FLOW_SHIFT, make_tiny_kandinsky5_directory, make_tiny_kandinsky5_transformer
 from tiny_models import TEXT_LENGTH
 
 from fv_distill.models import Kandinsky5Model
@@ -15,7 +15,7 @@ PROMPT, NEGATIVE = "a handwritten digit moving left", "bad"
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return make_tiny_kandinsky_directory(tmp_path_factory.mktemp("kandinsky") / "model")
+    return make_tiny_kandinsky5_directory(tmp_path_factory.mktemp("kandinsky") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,9 @@ def test_positions_are_scaled_as_the_pipeline_scales_them(pipeline, model):
 def test_what_is_refused(directory, tiny_wan, model):
     assert model.flow_shift == FLOW_SHIFT
     with pytest.raises(ValueError, match="sparse attention"):
-        Kandinsky5Model.check_network(make_tiny_kandinsky_transformer(attention_type="nabla").config, directory)
+        Kandinsky5Model.check_network(make_tiny_kandinsky5_transformer(attention_type="nabla").config, directory)
     with pytest.raises(ValueError, match="is a WanPipeline"):
-        Kandinsky5Model.check_network(make_tiny_kandinsky_transformer().config, tiny_wan)
+        Kandinsky5Model.check_network(make_tiny_kandinsky5_transformer().config, tiny_wan)
     with pytest.raises(ValueError, match="in_text_dim is 16"):
         model.check_text((3, 12))
 

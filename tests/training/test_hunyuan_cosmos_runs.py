@@ -14,7 +14,7 @@ from tiny_hunyuan import (
     make_tiny_hunyuan15_i2v_directory,
     make_tiny_hunyuan_directory,
 )
-from tiny_kandinsky import make_tiny_kandinsky_directory
+from tiny_kandinsky5 import make_tiny_kandinsky5_directory
 from tiny_models import TEXT_LENGTH
 from tiny_runs import (
     assert_same_state,
@@ -34,7 +34,7 @@ FAMILIES = {
     "hunyuan": (make_tiny_hunyuan_directory, "HunyuanVideoModel", {}),
     "hunyuan15": (make_tiny_hunyuan15_directory, "HunyuanVideo15Model", {}),
     "hunyuan15_i2v": (make_tiny_hunyuan15_i2v_directory, "HunyuanVideo15Model", {}),
-    "kandinsky5": (make_tiny_kandinsky_directory, "Kandinsky5Model", {}),
+    "kandinsky5": (make_tiny_kandinsky5_directory, "Kandinsky5Model", {}),
     "cosmos": (make_tiny_cosmos_directory, "CosmosModel", {}),
     "cosmos_video2world": (make_tiny_cosmos_directory, "CosmosModel", {"condition_frames": 1}),
     "cosmos2": (make_tiny_cosmos2_directory, "CosmosModel", {"condition_frames": 1}),

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny_kandinsky5 import POOLED_DIM, make_tiny_kandinsky5_directory
+from tiny_hunyuan import POOLED_DIM
+from tiny_kandinsky5 import make_tiny_kandinsky5_directory
 from tiny_ltx2 import make_tiny_ltx2_directory
 from tiny_models import TEXT_DIM, TEXT_LENGTH
 from tiny_runs import assert_same_state, checkpoint, dmd2_config, finetune_config, metrics, train
