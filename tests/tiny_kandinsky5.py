@@ -1,9 +1,15 @@
-"""A complete Kandinsky 5 pipeline directory with random weights, small enough to be made in every test session."""
+"""Complete Kandinsky 5 pipeline directories with random weights, small enough to be made in every test session."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    Kandinsky5I2VPipeline,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
+)
 from tiny_cosmos import make_tiny_qwen
 from tiny_hunyuan import LATENT_CHANNELS, POOLED_DIM, make_tiny_clip, make_tiny_hunyuan_vae, make_tiny_tokenizer
 
@@ -35,10 +41,10 @@ def make_tiny_kandinsky5_transformer(seed: int = 0, **config: object) -> Kandins
     return transformer.eval()
 
 
-def make_tiny_kandinsky5_directory(path: Path, *, seed: int = 0) -> Path:
+def make_tiny_kandinsky5_directory(path: Path, *, kind: Any = Kandinsky5T2VPipeline, seed: int = 0) -> Path:
     """Save tokenizers, Qwen2.5-VL, CLIP, HunyuanVideo's VAE, transformer and scheduler as one pipeline."""
     torch.manual_seed(seed)
-    pipeline = Kandinsky5T2VPipeline(
+    pipeline = kind(
         text_encoder=make_tiny_qwen(),
         tokenizer=make_tiny_tokenizer({}),
         text_encoder_2=make_tiny_clip(),
@@ -52,3 +58,8 @@ def make_tiny_kandinsky5_directory(path: Path, *, seed: int = 0) -> Path:
     pipeline.register_modules(tokenizer=make_tiny_tokenizer({prefix: words, "<|im_end|>": ""}))
     pipeline.save_pretrained(path)
     return path
+
+
+def make_tiny_kandinsky5_i2v_directory(path: Path) -> Path:
+    """The same as an image-to-video pipeline."""
+    return make_tiny_kandinsky5_directory(path, kind=Kandinsky5I2VPipeline)
