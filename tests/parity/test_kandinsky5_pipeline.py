@@ -194,6 +194,7 @@ def test_an_image_can_be_dropped(kind, model, image, noise):
     assert torch.equal(without, given) is (kind is Kandinsky5T2VPipeline)
 
 
+@pytest.mark.filterwarnings("ignore:std")
 def test_clips_too_short_for_the_pipeline_are_refused(kind, pipeline, model, image):
     """With as few frames the image-to-video pipeline makes NaN."""
     short = (LATENT_CHANNELS, 4, 4, 4)

@@ -172,21 +172,23 @@ def test_validation_samples_with_the_familys_pipeline(families, tmp_path):
     assert list((run / "validation").rglob("*000000*")) or list((run / "validation").rglob("*.mp4"))
 
 
-def test_roles_that_are_given_other_frames_are_refused(families, tmp_path):
-    config = config_of(dmd2_config, "cosmos_video2world", families, tmp_path / "run")
-    config["models"]["teacher"]["condition_frames"] = 0
+@pytest.mark.parametrize(("name", "other"), [("cosmos_video2world", "cosmos"), ("kandinsky5_i2v", "kandinsky5")])
+def test_roles_that_are_given_other_frames_are_refused(name, other, families, tmp_path):
+    config = config_of(dmd2_config, name, families, tmp_path / "run")
+    config["models"]["teacher"] = config_of(dmd2_config, other, families, tmp_path)["models"]["teacher"]
     with pytest.raises(ValueError, match="models.teacher.condition_frames=0, but the student is given 1"):
         train(config)
 
 
-def test_given_frames_that_rows_lack_are_missed_at_the_start(families, tmp_path):
-    config = config_of(dmd2_config, "cosmos_video2world", families, tmp_path / "run")
-    _, rows = families("cosmos_video2world")
+@pytest.mark.parametrize("name", ["cosmos_video2world", "kandinsky5_i2v"])
+def test_given_frames_that_rows_lack_are_missed_at_the_start(name, families, tmp_path):
+    config = config_of(dmd2_config, name, families, tmp_path / "run")
+    _, rows = families(name)
     text = [
-        {key: row[key] for key in ("caption", "text_embedding")}
+        {key: row[key] for key in ("caption", "text_embedding", "pooled_text_embedding") if key in row}
         for row in ParquetDataset(str(rows), cache_dir=str(tmp_path))
     ]
     write_rows(tmp_path / "text" / "rows.parquet", text)
-    config["training"]["data"] |= {"data_path": str(tmp_path / "text"), "latent_shape": [4, 3, 4, 4]}
+    config["training"]["data"] |= {"data_path": str(tmp_path / "text"), "latent_shape": [4, 5, 4, 4]}
     with pytest.raises(ValueError, match="hold neither clips nor a first_frame_latent of the shape"):
         train(config)
