@@ -38,7 +38,7 @@ NUM_FRAMES = 9
 # Of the families whose clips have to be longer.
 LONGER = {"kandinsky5_i2v": 17}
 # Those whose rows hold the first frame.
-IMAGES = ("wan21_i2v", "wan22_i2v", "ti2v", "hunyuan15_i2v", "kandinsky5_i2v", "matrixgame2", "matrixgame2_keyboard")
+IMAGES = ("wan21_i2v", "wan22_i2v", "hunyuan15_i2v", "kandinsky5_i2v", "matrixgame2", "matrixgame2_keyboard")
 
 
 def published_longcat(path):
@@ -116,6 +116,14 @@ def test_who_reads_no_text_needs_no_captions(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a digit\n")
     with pytest.raises(ValueError, match="has no videos, and .*model reads no text"):
         preprocess(PreprocessOptions(data=str(tmp_path / "prompts.txt"), **options))
+
+
+def test_clips_too_short_for_a_pipeline_are_refused_at_the_start(clips, tmp_path):
+    options = {"model": str(make_tiny_kandinsky5_i2v_directory(tmp_path / "model")), "data": str(clips)}
+    options |= {"output": str(tmp_path / "rows"), "resolution": "64x64", "device": "cpu"}
+    with pytest.raises(ValueError, match="num-frames: 13 are too few: .* take 17 or more"):
+        preprocess(PreprocessOptions(num_frames=13, **options))
+    assert not (tmp_path / "rows").exists()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

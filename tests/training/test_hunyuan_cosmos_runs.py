@@ -21,6 +21,7 @@ from tiny_runs import (
     checkpoint,
     dmd2_config,
     finetune_config,
+    kd_config,
     metrics,
     shared_base_config,
     train,
@@ -128,6 +129,15 @@ def test_dmd2_trains_and_its_export_visits_the_trained_levels(name, families, tm
     assert pipeline.scheduler.sigmas.tolist() == pytest.approx([*info["sigmas"], 0], abs=1e-5)
     if name.startswith("hunyuan15"):
         assert pipeline.guider.guidance_scale == 1.0
+
+
+def test_teacher_paths_lead_to_the_given_frame(families, tmp_path):
+    run = train(config_of(kd_config, "kandinsky5_i2v", families, tmp_path / "run"))
+    assert len(metrics(run)) == 2
+    for path in ParquetDataset(str(tmp_path / "run-paths"), cache_dir=str(tmp_path)):
+        states, given = path["trajectory_latents"], path["first_frame_latent"]
+        torch.testing.assert_close(states[-1][:, :1], given, atol=1e-5, rtol=0)
+        assert (states[0][:, :1] - given).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", LORA_IN_PIPELINE)

@@ -19,10 +19,6 @@ from .pretrained import read_pipeline_class, read_vae_factors
 _ATTENTION = ("to_query", "to_key", "to_value", *(f"{kind}_attention.out_layer" for kind in ("self", "cross")))
 _FEED_FORWARD = ("feed_forward.in_layer", "feed_forward.out_layer")
 
-# `Kandinsky5I2VPipeline.normalize_first_frame` moves so many latent frames to the mean and deviation of those after
-# them; where there are none after them, it makes NaN.
-_ADJUSTED_FRAMES = 4
-
 
 class Kandinsky5Model(ModelBase):
     """The network's output is the velocity, its timestep 1000 sigma, and its tensors have their channels last.
@@ -174,11 +170,12 @@ class Kandinsky5Model(ModelBase):
             num_frames=num_frames,
             directory=self.directory,
         )
-        if self.condition_frames and shape[1] <= _ADJUSTED_FRAMES:
+        fewest = self.encoders_class.fewest_frames(self.directory)
+        if (shape[1] - 1) * self.temporal_factor + 1 < fewest:
             raise ValueError(
-                f"latents {tuple(shape)}: {IMAGE_PIPELINE} fits a clip's first {_ADJUSTED_FRAMES} latent frames to "
-                f"those after them and makes NaN of a clip without; use at least {_ADJUSTED_FRAMES + 1} latent frames "
-                f"({_ADJUSTED_FRAMES * self.temporal_factor + 1} frames)"
+                f"latents {tuple(shape)}: {IMAGE_PIPELINE} ends by fitting a clip's first latent frames to those after "
+                f"them, and makes NaN where there are none; use clips of at least {fewest} frames "
+                f"({(fewest - 1) // self.temporal_factor + 1} latent frames)"
             )
 
     def check_text(self, shape: Sequence[int]) -> None:

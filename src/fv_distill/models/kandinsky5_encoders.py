@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from .clean_frames import COLUMN
 from .conditioning import Conditioning
 from .encoders import Encoders
-from .pretrained import read_latent_statistics, read_pipeline_class
+from .pretrained import read_latent_statistics, read_pipeline_class, read_vae_factors
 
 IMAGE_PIPELINE = Kandinsky5I2VPipeline.__name__
 PIPELINES: dict[str, Any] = {
@@ -19,12 +20,22 @@ PIPELINES: dict[str, Any] = {
     IMAGE_PIPELINE: Kandinsky5I2VPipeline,
 }
 
+# `Kandinsky5I2VPipeline.normalize_first_frame` moves so many latent frames to the mean and deviation of those after
+# them; where there are none after them, it makes NaN.
+_ADJUSTED_FRAMES = 4
+
 
 class Kandinsky5Encoders(Encoders):
     """See `Encoders`; Qwen2.5-VL's tokens are the text, CLIP's pooled vector is `pooled_text_embedding`.
 
     An image is its latents alone; the text encoder doesn't see it.
     """
+
+    @classmethod
+    def fewest_frames(cls, directory: Path) -> int:
+        """See `Encoders.fewest_frames`."""
+        factor, _ = read_vae_factors(directory)
+        return _ADJUSTED_FRAMES * factor + 1 if read_pipeline_class(directory) == IMAGE_PIPELINE else 1
 
     @cached_property
     def text_pipeline(self) -> Any:
