@@ -67,6 +67,7 @@ class Kandinsky5Model(ModelBase):
         network._no_split_modules = ["Kandinsky5TransformerEncoderBlock", "Kandinsky5TransformerDecoderBlock"]
         self.temporal_factor, self.spatial_factor = read_vae_factors(self.directory)
         self.condition_frames = self.fixed_given_frames = _given_frames(self.directory, condition_frames)
+        self.fewest_frames = self.encoders_class.fewest_frames(self.directory)
 
     @classmethod
     def check_network(cls, network_config: Any, directory: Path) -> None:
@@ -170,12 +171,11 @@ class Kandinsky5Model(ModelBase):
             num_frames=num_frames,
             directory=self.directory,
         )
-        fewest = self.encoders_class.fewest_frames(self.directory)
-        if (shape[1] - 1) * self.temporal_factor + 1 < fewest:
+        if (shape[1] - 1) * self.temporal_factor + 1 < self.fewest_frames:
             raise ValueError(
                 f"latents {tuple(shape)}: {IMAGE_PIPELINE} ends by fitting a clip's first latent frames to those after "
-                f"them, and makes NaN where there are none; use clips of at least {fewest} frames "
-                f"({(fewest - 1) // self.temporal_factor + 1} latent frames)"
+                f"them, and makes NaN where there are none; use clips of at least {self.fewest_frames} frames "
+                f"({(self.fewest_frames - 1) // self.temporal_factor + 1} latent frames)"
             )
 
     def check_text(self, shape: Sequence[int]) -> None:
