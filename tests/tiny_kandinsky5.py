@@ -1,35 +1,26 @@
-"""A complete Kandinsky 5 pipeline directory with random weights."""
+"""Complete Kandinsky 5 pipeline directories with random weights, small enough to be made in every test session."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
+    Kandinsky5I2VPipeline,
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
 )
-from tiny_models import WORDS
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
+from tiny_cosmos import make_tiny_qwen
+from tiny_hunyuan import LATENT_CHANNELS, POOLED_DIM, make_tiny_clip, make_tiny_hunyuan_vae, make_tiny_tokenizer
 
 TEXT_DIM = 16
-POOLED_DIM = 8
-LATENT_CHANNELS = 4
 FLOW_SHIFT = 5.0
-_SYSTEM = "system"
 
 
-def make_tiny_transformer(seed: int = 0, **changes) -> Kandinsky5Transformer3DModel:
-    """One block for text, two for clips; the gates, zero by default, are open."""
+def make_tiny_kandinsky5_transformer(seed: int = 0, **config: object) -> Kandinsky5Transformer3DModel:
+    """One block for text, two for clips, two heads; modulation and output, which start at zero, are random."""
     torch.manual_seed(seed)
-    config = {
+    sizes = {
         "in_visual_dim": LATENT_CHANNELS,
         "out_visual_dim": LATENT_CHANNELS,
         "in_text_dim": TEXT_DIM,
@@ -42,81 +33,33 @@ def make_tiny_transformer(seed: int = 0, **changes) -> Kandinsky5Transformer3DMo
         "axes_dims": (4, 4, 4),
         "visual_cond": True,
     }
-    network = Kandinsky5Transformer3DModel(**config | changes)
+    transformer = Kandinsky5Transformer3DModel(**{**sizes, **config})
     with torch.no_grad():
-        for name, parameter in network.named_parameters():
+        for name, parameter in transformer.named_parameters():
             if "modulation" in name:
                 parameter.normal_(std=0.3)
-    return network.eval()
+    return transformer.eval()
 
 
-def make_tiny_kandinsky5_directory(path: Path, *, seed: int = 0, **changes) -> Path:
-    """Save Qwen, CLIP, their tokenizers, VAE (temporal 4, spatial 8), transformer and scheduler as one pipeline."""
+def make_tiny_kandinsky5_directory(path: Path, *, kind: Any = Kandinsky5T2VPipeline, seed: int = 0) -> Path:
+    """Save tokenizers, Qwen2.5-VL, CLIP, HunyuanVideo's VAE, transformer and scheduler as one pipeline."""
     torch.manual_seed(seed)
-    vocabulary_size = len(WORDS) + 4
-    text_config = {
-        "vocab_size": vocabulary_size,
-        "hidden_size": TEXT_DIM,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
-        "pad_token_id": 0,
-    }
-    vision_config = {
-        "depth": 1,
-        "hidden_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": TEXT_DIM,
-        "intermediate_size": 16,
-    }
-    qwen = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text_config, vision_config=vision_config))
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary_size,
-            hidden_size=POOLED_DIM,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=1,
-        )
-    )
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=LATENT_CHANNELS,
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        norm_num_groups=2,
-        scaling_factor=0.476986,
-    )
-    pipeline = Kandinsky5T2VPipeline(
-        transformer=make_tiny_transformer(seed, **changes),
-        vae=vae,
-        text_encoder=qwen.eval(),
-        tokenizer=_tokenizer(),
-        text_encoder_2=clip.eval(),
-        tokenizer_2=_tokenizer(),
+    pipeline = kind(
+        text_encoder=make_tiny_qwen(),
+        tokenizer=make_tiny_tokenizer({}),
+        text_encoder_2=make_tiny_clip(),
+        tokenizer_2=make_tiny_tokenizer({}),
+        vae=make_tiny_hunyuan_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
+        transformer=make_tiny_kandinsky5_transformer(seed),
     )
-    prefix, suffix = pipeline.prompt_template.split("{}")
-    system = f"{_SYSTEM} " * pipeline.prompt_template_encode_start_idx
-    pipeline.tokenizer = _tokenizer({prefix: system, suffix: ""})
+    prefix = pipeline.prompt_template.split("{}")[0]
+    words = "system " * pipeline.prompt_template_encode_start_idx
+    pipeline.register_modules(tokenizer=make_tiny_tokenizer({prefix: words, "<|im_end|>": ""}))
     pipeline.save_pretrained(path)
     return path
 
 
-def _tokenizer(replaced: dict[str, str] | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer of a few words that first replaces strings, as the template by so many words as it has tokens."""
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", _SYSTEM, *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    steps = [normalizers.Replace(old, new) for old, new in (replaced or {}).items()]
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
+def make_tiny_kandinsky5_i2v_directory(path: Path) -> Path:
+    """The same as an image-to-video pipeline."""
+    return make_tiny_kandinsky5_directory(path, kind=Kandinsky5I2VPipeline)

@@ -11,7 +11,7 @@ from encoded_rows import write_encoded_rows
 from parallel_launch import CHECKPOINTING, DDP, FSDP2, GLOBAL_BATCH, SGD, Run, launch
 from tiny_cosmos import make_tiny_cosmos_directory
 from tiny_hunyuan import make_tiny_hunyuan15_directory, make_tiny_hunyuan_directory
-from tiny_kandinsky import make_tiny_kandinsky_directory
+from tiny_kandinsky5 import make_tiny_kandinsky5_directory
 from tiny_models import TEXT_LENGTH
 from tiny_runs import dmd2_config, metrics, train
 
@@ -22,7 +22,7 @@ FAMILIES = {
     "hunyuan": (make_tiny_hunyuan_directory, "HunyuanVideoModel"),
     "hunyuan15": (make_tiny_hunyuan15_directory, "HunyuanVideo15Model"),
     "cosmos": (make_tiny_cosmos_directory, "CosmosModel"),
-    "kandinsky5": (make_tiny_kandinsky_directory, "Kandinsky5Model"),
+    "kandinsky5": (make_tiny_kandinsky5_directory, "Kandinsky5Model"),
 }
 EQUAL = {
     "hunyuan-fsdp2": Run("hunyuan", FSDP2, CHECKPOINTING),

@@ -14,7 +14,8 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from tiny_kandinsky5 import POOLED_DIM, make_tiny_kandinsky5_directory
+from tiny_hunyuan import POOLED_DIM
+from tiny_kandinsky5 import make_tiny_kandinsky5_directory, make_tiny_kandinsky5_i2v_directory
 from tiny_longcat import make_tiny_longcat_directory
 from tiny_ltx2 import make_tiny_ltx2_directory
 from tiny_models import TEXT_DIM, TEXT_LENGTH
@@ -34,6 +35,11 @@ SGD = {"_target_": "torch.optim.SGD", "learning_rate": 0.05, "betas": None, "eps
 FAMILIES = {
     "longcat": (make_tiny_longcat_directory, {"_target_": "fv_distill.models.LongCatVideoModel"}, (4, 3, 4, 4)),
     "kandinsky5": (make_tiny_kandinsky5_directory, {"_target_": "fv_distill.models.Kandinsky5Model"}, (4, 3, 4, 4)),
+    "kandinsky5_i2v": (
+        make_tiny_kandinsky5_i2v_directory,
+        {"_target_": "fv_distill.models.Kandinsky5Model", "condition_frames": 1},
+        (4, 5, 4, 4),
+    ),
     "ltx2": (
         make_tiny_ltx2_directory,
         {"_target_": "fv_distill.models.LTX2VideoModel", "flow_shift": 8.0},
@@ -46,6 +52,7 @@ EQUAL = {
     "longcat-fsdp2": ("longcat", "cpu_2proc_fsdp2", CHECKPOINTING),
     "kandinsky5-ddp": ("kandinsky5", "cpu_2proc", {}),
     "kandinsky5-fsdp2": ("kandinsky5", "cpu_2proc_fsdp2", CHECKPOINTING),
+    "kandinsky5_i2v-fsdp2": ("kandinsky5_i2v", "cpu_2proc_fsdp2", CHECKPOINTING),
     "ltx2-ddp": ("ltx2", "cpu_2proc", {}),
     "ltx2-fsdp2": ("ltx2", "cpu_2proc_fsdp2", CHECKPOINTING),
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import Kandinsky5Transformer3DModel, LTX2VideoTransformer3DModel, WanTransformer3DModel
+from diffusers import LTX2VideoTransformer3DModel, WanTransformer3DModel
 
 from fv_distill.config import load_run_config
 from fv_distill.estimate.published import config_directory, published_models
@@ -15,7 +15,6 @@ from fv_distill.export import few_step_scheduler
 from fv_distill.methods import OPTIONS_BY_TARGET, DMD2Options, TrajectoryOptions
 from fv_distill.models import (
     CausalMatrixGame2Model,
-    Kandinsky5Model,
     LongCatVideoModel,
     LTX2VideoModel,
     MatrixGame2Model,
@@ -39,7 +38,6 @@ MATRIX_GAME = "models/matrix-game-2"
 # Of other families: the shift that their schedulers are published with.
 OTHER_FAMILIES = {
     "meituan-longcat/LongCat-Video": 12.0,
-    "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": 5.0,
     "Lightricks/LTX-2": 16.2,
 }
 VAE_CONFIG = {
@@ -180,26 +178,6 @@ def test_ltxs_configs_fit_its_network(tmp_path):
         role = next(role for role in config.models.values() if role.flow_shift is not None)
         assert role.flow_shift == pytest.approx(shift, rel=1e-2)
     model.check_text((5, 3840))
-
-
-def test_kandinskys_configs_fit_its_network(tmp_path):
-    (tmp_path / "vae").mkdir()
-    factors = {"temporal_compression_ratio": 4, "spatial_compression_ratio": 8, "scaling_factor": 0.476986}
-    (tmp_path / "vae/config.json").write_text(json.dumps(factors))
-    with torch.device("meta"):
-        # `dit_params` of configs/k5_lite_t2v_5s_*.yaml in github.com/kandinskylab/kandinsky-5.
-        network = Kandinsky5Transformer3DModel(
-            in_visual_dim=16, out_visual_dim=16, model_dim=1792, ff_dim=7168, visual_cond=True
-        )
-    assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(2e9, rel=0.1)
-    model = Kandinsky5Model(network, directory=tmp_path, flow_shift=5.0)
-    paths = [path for path in CONFIGS if "kandinsky5" in path.stem]
-    assert {path.parent.name for path in paths} == {"dmd2", "finetune"}
-    for path in paths:
-        config = load_run_config(path)
-        assert config.models["student"].flow_shift == 5.0
-        model.check_latent_shape(config.training.data.latent_shape or (16, 31, 64, 96), num_frames=121)
-    model.check_text((5, 3584))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)

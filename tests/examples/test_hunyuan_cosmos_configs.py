@@ -32,6 +32,12 @@ FAMILIES = {
         2.008e9,
         (512, 768, 121),
     ),
+    "kandinsky5_i2v_lite": (
+        Kandinsky5Model,
+        "kandinskylab/Kandinsky-5.0-I2V-Lite-5s-Diffusers",
+        2.008e9,
+        (512, 768, 121),
+    ),
     "cosmos2.5_2b": (CosmosModel, "nvidia/Cosmos-Predict2.5-2B", 2.06e9, (704, 1280, 93)),
 }
 

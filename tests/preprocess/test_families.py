@@ -12,7 +12,7 @@ from tiny_hunyuan import (
     make_tiny_hunyuan15_i2v_directory,
     make_tiny_hunyuan_directory,
 )
-from tiny_kandinsky5 import make_tiny_kandinsky5_directory
+from tiny_kandinsky5 import make_tiny_kandinsky5_directory, make_tiny_kandinsky5_i2v_directory
 from tiny_longcat import make_tiny_longcat_directory
 from tiny_ltx2 import make_tiny_ltx2_directory
 from tiny_models import make_tiny_wan_directory
@@ -35,6 +35,10 @@ from fv_distill.preprocess.families import ENCODERS_BY_PIPELINE, encoders_class
 from fv_distill.preprocess.inspect import inspect_rows
 
 NUM_FRAMES = 9
+# Of the families whose clips have to be longer.
+LONGER = {"kandinsky5_i2v": 17}
+# Those whose rows hold the first frame.
+IMAGES = ("wan21_i2v", "wan22_i2v", "hunyuan15_i2v", "kandinsky5_i2v", "matrixgame2", "matrixgame2_keyboard")
 
 
 def published_longcat(path):
@@ -59,6 +63,7 @@ FAMILIES = {
     "cosmos25": ("CosmosModel", make_tiny_cosmos_directory, 4, 16, {}),
     "cosmos2": ("CosmosModel", make_tiny_cosmos2_directory, 4, 16, {}),
     "kandinsky5": ("Kandinsky5Model", make_tiny_kandinsky5_directory, 4, 16, {}),
+    "kandinsky5_i2v": ("Kandinsky5Model", make_tiny_kandinsky5_i2v_directory, 4, 16, {"condition_frames": 1}),
     "ltx2": ("LTX2VideoModel", make_tiny_ltx2_directory, 8, 32, {}),
     "longcat": ("LongCatVideoModel", make_tiny_longcat_directory, 4, 16, {}),
     "longcat_published": ("LongCatVideoModel", published_longcat, 4, 16, {}),
@@ -72,7 +77,7 @@ def clips(tmp_path_factory):
     """Two clips with captions and actions; the one is longer."""
     folder = tmp_path_factory.mktemp("clips")
     for number in range(2):
-        length = NUM_FRAMES + number
+        length = max(LONGER.values()) + number
         write_clip(folder / f"clip{number}.mp4", make_frames(length, 64, 64))
         (folder / f"clip{number}.txt").write_text("a digit")
         keys = np.eye(tiny_matrixgame2.KEYS)[np.arange(length) % tiny_matrixgame2.KEYS]
@@ -113,6 +118,14 @@ def test_who_reads_no_text_needs_no_captions(tmp_path, capsys):
         preprocess(PreprocessOptions(data=str(tmp_path / "prompts.txt"), **options))
 
 
+def test_clips_too_short_for_a_pipeline_are_refused_at_the_start(clips, tmp_path):
+    options = {"model": str(make_tiny_kandinsky5_i2v_directory(tmp_path / "model")), "data": str(clips)}
+    options |= {"output": str(tmp_path / "rows"), "resolution": "64x64", "device": "cpu"}
+    with pytest.raises(ValueError, match="num-frames: 13 are too few: .* take 17 or more"):
+        preprocess(PreprocessOptions(num_frames=13, **options))
+    assert not (tmp_path / "rows").exists()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_train_the_adapter(family, clips, tmp_path):
     adapter, make, temporal, multiple, options = FAMILIES[family]
@@ -126,7 +139,7 @@ def test_rows_train_the_adapter(family, clips, tmp_path):
             model=str(directory),
             data=str(clips),
             output=str(tmp_path / "rows"),
-            num_frames=NUM_FRAMES,
+            num_frames=LONGER.get(family, NUM_FRAMES),
             resolution="64x64",
             text_length=text_length,
             actions=is_game,
@@ -136,6 +149,7 @@ def test_rows_train_the_adapter(family, clips, tmp_path):
     assert summary.rows == 2 and not summary.skipped
     row = ParquetDataset(tmp_path / "rows", required=(), cache_dir=tmp_path / "cache")[0]
     assert (row.get("text_embedding") is None) is is_game
+    assert (row.get("first_frame_latent") is not None) is (family in IMAGES)
     assert (row.get("keyboard_cond") is not None) is is_game
     assert (row.get("mouse_cond") is not None) is (family == "matrixgame2")
     config = {

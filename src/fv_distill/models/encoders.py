@@ -41,6 +41,11 @@ class Encoders(ABC):
         self.dtype = dtype
         self.text_length = text_length
 
+    @classmethod
+    def fewest_frames(cls, directory: Path) -> int:
+        """The frames of the shortest clip that a directory's pipeline can make."""
+        return 1
+
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Text conditioning `[len(prompts), text_length, D]`, fp32 and zero at padding; see `Conditioning`."""

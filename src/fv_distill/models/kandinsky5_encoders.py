@@ -1,24 +1,47 @@
-"""Kandinsky 5's text encoders and VAE, called as `Kandinsky5T2VPipeline` calls them."""
+"""Kandinsky 5's text encoders and VAE, called as `Kandinsky5T2VPipeline` and `Kandinsky5I2VPipeline` call them."""
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, Kandinsky5T2VPipeline
+from diffusers import AutoencoderKLHunyuanVideo, Kandinsky5I2VPipeline, Kandinsky5T2VPipeline
 from torch import Tensor
 
+from .clean_frames import COLUMN
 from .conditioning import Conditioning
 from .encoders import Encoders
+from .pretrained import read_latent_statistics, read_pipeline_class, read_vae_factors
+
+IMAGE_PIPELINE = Kandinsky5I2VPipeline.__name__
+PIPELINES: dict[str, Any] = {
+    Kandinsky5T2VPipeline.__name__: Kandinsky5T2VPipeline,
+    IMAGE_PIPELINE: Kandinsky5I2VPipeline,
+}
+
+# `Kandinsky5I2VPipeline.normalize_first_frame` moves so many latent frames to the mean and deviation of those after
+# them; where there are none after them, it makes NaN.
+_ADJUSTED_FRAMES = 4
 
 
 class Kandinsky5Encoders(Encoders):
-    """See `Encoders`; Qwen2.5-VL's tokens are the text, CLIP's pooled vector is `pooled_text_embedding`."""
+    """See `Encoders`; Qwen2.5-VL's tokens are the text, CLIP's pooled vector is `pooled_text_embedding`.
+
+    An image is its latents alone; the text encoder doesn't see it.
+    """
+
+    @classmethod
+    def fewest_frames(cls, directory: Path) -> int:
+        """See `Encoders.fewest_frames`."""
+        factor, _ = read_vae_factors(directory)
+        return _ADJUSTED_FRAMES * factor + 1 if read_pipeline_class(directory) == IMAGE_PIPELINE else 1
 
     @cached_property
     def text_pipeline(self) -> Any:
-        """A `Kandinsky5T2VPipeline` of nothing but its two text encoders and their tokenizers."""
-        pipeline = Kandinsky5T2VPipeline.from_pretrained(self.directory, transformer=None, vae=None, dtype=self.dtype)
+        """The directory's pipeline with nothing but its two text encoders and their tokenizers."""
+        kind = PIPELINES[read_pipeline_class(self.directory)]
+        pipeline = kind.from_pretrained(self.directory, transformer=None, vae=None, dtype=self.dtype)
         pipeline.text_encoder.to(self.device)
         pipeline.text_encoder_2.to(self.device)
         return pipeline
@@ -46,6 +69,18 @@ class Kandinsky5Encoders(Encoders):
         """See `Encoders.encode_video`."""
         pixels = 2 * video.to(self.device, self.vae.dtype) - 1
         return self.vae.encode(pixels).latent_dist.mode().float()
+
+    @torch.no_grad()
+    def encode_images(self, video: Tensor) -> dict[str, Tensor]:
+        """See `Encoders.encode_images`: of the first frames alone, which this VAE makes other latents of than of clips.
+
+        Returns:
+            Of image-to-video `first_frame_latent`, normalised, `[B, C, 1, h, w]`.
+        """
+        if read_pipeline_class(self.directory) != IMAGE_PIPELINE:
+            return {}
+        mean, std = (value.to(self.device) for value in read_latent_statistics(self.directory))
+        return {COLUMN: (self.encode_video(video[:, :, :1]) - mean) / std}
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

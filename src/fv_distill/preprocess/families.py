@@ -12,6 +12,7 @@ ENCODERS_BY_PIPELINE = {
     "HunyuanVideo15ImageToVideoPipeline": "fv_distill.models.hunyuan15_encoders.HunyuanVideo15Encoders",
     "HunyuanVideo15Pipeline": "fv_distill.models.hunyuan15_encoders.HunyuanVideo15Encoders",
     "HunyuanVideoPipeline": "fv_distill.models.hunyuan_encoders.HunyuanVideoEncoders",
+    "Kandinsky5I2VPipeline": "fv_distill.models.kandinsky5_encoders.Kandinsky5Encoders",
     "Kandinsky5T2VPipeline": "fv_distill.models.kandinsky5_encoders.Kandinsky5Encoders",
     "LTX2Pipeline": "fv_distill.models.ltx2_encoders.LTX2Encoders",
     "LongCatVideoPipeline": "fv_distill.models.longcat_encoders.LongCatEncoders",

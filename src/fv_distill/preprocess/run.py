@@ -77,6 +77,11 @@ class Preprocessing:
         self.source = open_source(options)
         if not (self.source.has_video or self.encoders_class.reads_text):
             raise ValueError(f"data: {options.data} has no videos, and {self.model} reads no text: no row can be made")
+        if self.source.has_video and options.num_frames < (fewest := self.encoders_class.fewest_frames(self.model)):
+            raise ValueError(
+                f"num-frames: {options.num_frames} are too few: {self.model} makes no clips of fewer than {fewest} "
+                f"frames; take {fewest} or more"
+            )
         self.clip_format = clip_format(options, read_geometry(self.model)) if self.source.has_video else None
         self.actions = needed_actions(self.model) if options.actions else ()
         self.texts = TextCache(self.output / _TEXT_FOLDER)
