@@ -10,9 +10,11 @@ from encoded_rows import write_encoded_rows
 from PIL import Image
 from tiny_cosmos import PassingChecker, make_tiny_cosmos2_directory, make_tiny_cosmos_directory
 from tiny_hunyuan import (
+    IMAGE_TEXT_LENGTH,
     make_tiny_hunyuan15_directory,
     make_tiny_hunyuan15_i2v_directory,
     make_tiny_hunyuan_directory,
+    make_tiny_hunyuan_i2v_directory,
 )
 from tiny_kandinsky import make_tiny_kandinsky_directory
 from tiny_models import TEXT_LENGTH
@@ -30,8 +32,15 @@ from fv_distill import models
 from fv_distill.data import ParquetDataset, write_rows
 from fv_distill.export.convert import convert
 
+
+def make_concat_directory(path):
+    return make_tiny_hunyuan_i2v_directory(path, kind="latent_concat")
+
+
 FAMILIES = {
     "hunyuan": (make_tiny_hunyuan_directory, "HunyuanVideoModel", {}),
+    "hunyuan_i2v": (make_tiny_hunyuan_i2v_directory, "HunyuanVideoImageToVideoModel", {}),
+    "hunyuan_i2v_concat": (make_concat_directory, "HunyuanVideoImageToVideoModel", {}),
     "hunyuan15": (make_tiny_hunyuan15_directory, "HunyuanVideo15Model", {}),
     "hunyuan15_i2v": (make_tiny_hunyuan15_i2v_directory, "HunyuanVideo15Model", {}),
     "kandinsky5": (make_tiny_kandinsky_directory, "Kandinsky5Model", {}),
@@ -39,7 +48,13 @@ FAMILIES = {
     "cosmos_video2world": (make_tiny_cosmos_directory, "CosmosModel", {"condition_frames": 1}),
     "cosmos2": (make_tiny_cosmos2_directory, "CosmosModel", {"condition_frames": 1}),
 }
-LORA_IN_PIPELINE = {"hunyuan": True, "hunyuan15": False, "kandinsky5": True, "cosmos": True}
+LORA_IN_PIPELINE = {"hunyuan": True, "hunyuan_i2v": True, "hunyuan15": False, "kandinsky5": True, "cosmos": True}
+# Made of a first frame.
+IMAGE_FAMILIES = ("hunyuan_i2v", "hunyuan_i2v_concat", "hunyuan15_i2v")
+
+
+def text_length_of(name):
+    return IMAGE_TEXT_LENGTH if name.startswith("hunyuan_i2v") else TEXT_LENGTH
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +66,7 @@ def families(tmp_path_factory):
         make, adapter, _ = FAMILIES[name]
         if name not in made:
             directory = make(folder / f"{name}-model")
-            model = getattr(models, adapter).from_pretrained(str(directory), text_length=TEXT_LENGTH)
+            model = getattr(models, adapter).from_pretrained(str(directory), text_length=text_length_of(name))
             made[name] = directory, write_encoded_rows(folder / f"{name}-rows", model)
         return made[name]
 
@@ -66,7 +81,7 @@ def config_of(make, name, families, output):
         role |= {"_target_": f"fv_distill.models.{adapter}", **options}
     config["training"]["loop"]["max_train_steps"] = 2
     config["training"]["checkpoint"]["every_steps"] = 1
-    config["training"]["data"]["caption_dropout"] = 0.5
+    config["training"]["data"] |= {"caption_dropout": 0.5, "text_length": text_length_of(name)}
     return config
 
 
@@ -79,13 +94,14 @@ def load_pipeline(directory, name):
 
 
 def generate(pipeline, call, name):
-    images = {"cosmos2": torch.zeros(1, 3, 32, 32), "hunyuan15_i2v": Image.new("RGB", (32, 32), "red")}
+    images = {"cosmos2": torch.zeros(1, 3, 32, 32), **dict.fromkeys(IMAGE_FAMILIES, Image.new("RGB", (32, 32), "red"))}
     image = {"image": images[name]} if name in images else {}
     torch.manual_seed(0)
     frames = pipeline(
         prompt="a digit", generator=torch.Generator().manual_seed(0), output_type="np", **call, **image
     ).frames[0]
-    assert frames.shape == (9, 32, 32, 3) and np.isfinite(frames).all()
+    # The pipeline of latent_concat leaves the first latent's and three more out.
+    assert frames.shape == (5 if name == "hunyuan_i2v_concat" else 9, 32, 32, 3) and np.isfinite(frames).all()
     return frames
 
 
@@ -103,7 +119,7 @@ def test_fine_tuning_resumes_and_its_export_generates(name, families, tmp_path):
     assert_same_state(checkpoint(whole, 2), checkpoint(resumed, 2), num_networks=1, num_optimizers=1)
     export = convert(checkpoint(whole, 2), tmp_path / "export")
     info = json.loads((export / "fv_distill.json").read_text())
-    assert info["call"].get("guidance_scale") == (6.0 if name == "hunyuan" else None)
+    assert info["call"].get("guidance_scale") == (6.0 if name.startswith("hunyuan") and "15" not in name else None)
     call = {"num_inference_steps": 2, **info["call"]}
     pipeline = load_pipeline(export, name)
     ours = generate(pipeline, call, name)

@@ -28,10 +28,14 @@ class Encoders(ABC):
 
     Attributes:
         reads_text: False in families without a text encoder, whose rows have no text embedding.
+        text_reads_image: True in families whose text encoder reads a clip's first frame beside its caption: text
+            embeddings then belong to clips (`encode_clip_captions`), and `encode_prompts` is for what an unconditional
+            pass reads.
         vae: the diffusers autoencoder; families make it a cached property.
     """
 
     reads_text: ClassVar[bool] = True
+    text_reads_image: ClassVar[bool] = False
 
     vae: Any
 
@@ -44,6 +48,13 @@ class Encoders(ABC):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Text conditioning `[len(prompts), text_length, D]`, fp32 and zero at padding; see `Conditioning`."""
+
+    def encode_clip_captions(self, captions: Sequence[str], video: Tensor) -> Conditioning:
+        """Text conditioning of the captions of videos `[len(captions), 3, F, H, W]` in [0, 1]; see `encode_prompts`.
+
+        The videos only matter to families with `text_reads_image`, which override this.
+        """
+        return self.encode_prompts(captions)
 
     @abstractmethod
     def encode_video(self, video: Tensor) -> Tensor:
