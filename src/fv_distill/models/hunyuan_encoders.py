@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import PIL.Image
@@ -25,6 +24,11 @@ _UNCONDITIONAL_INTERLEAVE = 2
 _CUT_OUT = 4
 # The processor brings images to its own size, so that one that is black all over is the same in any.
 _BLACK = PIL.Image.new("RGB", (64, 64))
+
+
+def _num_image_tokens(interleave: int) -> int:
+    whole: Any = DEFAULT_PROMPT_TEMPLATE["image_emb_len"]
+    return len(range(0, whole, interleave))
 
 
 class HunyuanVideoEncoders(Encoders):
@@ -67,30 +71,25 @@ class HunyuanVideoEncoders(Encoders):
 
 
 class HunyuanVideoImageEncoders(HunyuanVideoEncoders):
-    """See `Encoders`; the text is LLaVA's tokens of an image, then of a prompt, `text_length` of both together.
-
-    Args:
-        directory: see `Encoders`.
-        device: see `Encoders`.
-        dtype: see `Encoders`.
-        text_length: see `Encoders`.
-
-    Raises:
-        ValueError: for a text length that leaves no room beside the image, or a directory without images.
-    """
+    """See `Encoders`; the text is LLaVA's tokens of an image, then of a prompt, `text_length` of both together."""
 
     text_reads_image: ClassVar[bool] = True
+    image_tokens: ClassVar[int] = _num_image_tokens(_UNCONDITIONAL_INTERLEAVE)
 
-    def __init__(self, directory: Path, *, device: torch.device, dtype: torch.dtype, text_length: int) -> None:
-        super().__init__(directory, device=device, dtype=dtype, text_length=text_length)
-        check_text_length(text_length)
-        kind = load_component_config(directory, "transformer").get("image_condition_type")
+    @cached_property
+    def interleave(self) -> int:
+        """Every so many-th of the image's tokens is part of the text.
+
+        Raises:
+            ValueError: if the directory's network reads no image.
+        """
+        kind = load_component_config(self.directory, "transformer").get("image_condition_type")
         if kind not in _INTERLEAVES:
             raise ValueError(
-                f"{directory} is no image-to-video HunyuanVideo: its image_condition_type is {kind}, which is neither "
-                f"{' nor '.join(_INTERLEAVES)}"
+                f"{self.directory} is no image-to-video HunyuanVideo: its image_condition_type is {kind}, which is "
+                f"neither {' nor '.join(_INTERLEAVES)}"
             )
-        self._interleave = _INTERLEAVES[kind]
+        return _INTERLEAVES[kind]
 
     @cached_property
     def text_pipeline(self) -> Any:
@@ -110,7 +109,7 @@ class HunyuanVideoImageEncoders(HunyuanVideoEncoders):
     def encode_clip_captions(self, captions: Sequence[str], video: Tensor) -> Conditioning:
         """See `Encoders.encode_clip_captions`; each beside its video's first frame."""
         images = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(video[:, :, 0]))
-        return self._encode(captions, images, self._interleave)
+        return self._encode(captions, images, self.interleave)
 
     @torch.no_grad()
     def encode_images(self, video: Tensor) -> dict[str, Tensor]:
@@ -127,7 +126,7 @@ class HunyuanVideoImageEncoders(HunyuanVideoEncoders):
             self.text_pipeline.encode_prompt(
                 image=image,
                 prompt=prompt,
-                max_sequence_length=self.text_length - num_image_tokens(interleave) + _CUT_OUT,
+                max_sequence_length=self.text_length - _num_image_tokens(interleave) + _CUT_OUT,
                 image_embed_interleave=interleave,
                 device=self.device,
             )
@@ -136,18 +135,3 @@ class HunyuanVideoImageEncoders(HunyuanVideoEncoders):
         text, pooled, mask = (torch.cat(values) for values in zip(*rows, strict=True))
         mask = mask.bool()
         return Conditioning(text.float() * mask[..., None], mask, {"pooled_text_embedding": pooled.float()})
-
-
-def num_image_tokens(interleave: int = _UNCONDITIONAL_INTERLEAVE) -> int:
-    """The tokens that are left of an image when every `interleave`-th is kept."""
-    return len(range(0, DEFAULT_PROMPT_TEMPLATE["image_emb_len"], interleave))
-
-
-def check_text_length(text_length: int) -> None:
-    """Raise a `ValueError` for a text length that the longest image, an unconditional pass's, fills or exceeds."""
-    tokens = num_image_tokens()
-    if text_length <= tokens:
-        raise ValueError(
-            f"text_length={text_length}, but {tokens} tokens of HunyuanVideo image-to-video's text are an image's; set "
-            f"it to {tokens + 256} for prompts of up to 256 tokens"
-        )

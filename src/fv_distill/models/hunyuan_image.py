@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .clean_frames import COLUMN, lead_to, put_in_place
 from .conditioning import Conditioning, PreparedBatch
 from .hunyuan import HunyuanVideoModel
-from .hunyuan_encoders import HunyuanVideoImageEncoders, check_text_length
+from .hunyuan_encoders import HunyuanVideoImageEncoders
 
 
 class HunyuanVideoImageToVideoModel(HunyuanVideoModel):
@@ -34,7 +34,7 @@ class HunyuanVideoImageToVideoModel(HunyuanVideoModel):
 
     def __init__(self, transformer: nn.Module, *, directory: str | Path, **kwargs: Any) -> None:
         super().__init__(transformer, directory=directory, **kwargs)
-        check_text_length(self.text_length)
+        self.encoders_class.check_text_length(self.text_length)
         self.replaces_tokens = self.network_config.image_condition_type == "token_replace"
         self.fixed_given_frames = int(self.replaces_tokens)
 

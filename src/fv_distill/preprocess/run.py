@@ -85,8 +85,7 @@ class Preprocessing:
                 f"data: {options.data} has no videos, but the text encoder of {self.model} reads a clip's first frame "
                 "beside its caption: prompts alone make no rows; give videos with captions"
             )
-        # Loads nothing yet: options that the family doesn't take are refused before anything is written.
-        self._encoders(torch.float32)
+        self.encoders_class.check_text_length(options.text_length)
         self.clip_format = clip_format(options, read_geometry(self.model)) if self.source.has_video else None
         self.actions = needed_actions(self.model) if options.actions else ()
         self.texts = TextCache(self.output / _TEXT_FOLDER)
@@ -168,8 +167,8 @@ class Preprocessing:
 
     def _rows(self, share: Sequence[int], skips: SkipLog) -> Iterator[dict[str, Any]]:
         encoders = self._encoders(parse_dtype(self.options.vae_dtype))
-        # In a type of their own, these read the captions that are encoded with their clips.
-        readers = self._encoders(self._text_dtype())
+        # Captions that are encoded with their clips have a type of their own.
+        readers = self._encoders(self._text_dtype()) if self.encoders_class.text_reads_image else encoders
         if self.clip_format is not None:
             encoders.tile_vae(enabled=_wants_tiles(self.options.vae_tiling, self.clip_format.sizes))
         decoded = decode_ahead(
