@@ -23,6 +23,7 @@ from tiny_runs import (
     checkpoint,
     dmd2_config,
     finetune_config,
+    kd_config,
     metrics,
     shared_base_config,
     train,
@@ -139,6 +140,19 @@ def test_dmd2_trains_and_its_export_visits_the_trained_levels(name, families, tm
     assert pipeline.scheduler.sigmas.tolist() == pytest.approx([*info["sigmas"], 0], abs=1e-5)
     if name.startswith("hunyuan15"):
         assert pipeline.guider.guidance_scale == 1.0
+
+
+@pytest.mark.parametrize("name", ["hunyuan_i2v", "hunyuan_i2v_concat"])
+def test_kd_of_image_to_video_trains_on_guided_paths(name, families, tmp_path):
+    config = config_of(kd_config, name, families, tmp_path / "run")
+    config["method"]["teacher_guidance_scale"] = 3.0
+    run = train(config)
+    assert np.isfinite([line["loss/student"] for line in metrics(run)]).all()
+    export = convert(checkpoint(run, 2), tmp_path / "export")
+    generate(load_pipeline(export, name), json.loads((export / "fv_distill.json").read_text())["call"], name)
+    row = ParquetDataset(config["method"]["teacher_path_cache"], cache_dir=str(tmp_path / "cache"))[0]
+    ends_with_image = torch.allclose(row["trajectory_latents"][-1][:, :1], row["first_frame_latent"], atol=1e-4)
+    assert ends_with_image is (name == "hunyuan_i2v")
 
 
 @pytest.mark.parametrize("name", LORA_IN_PIPELINE)
