@@ -131,7 +131,7 @@ def make_tiny_image_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer that makes of the template with an image as many tokens as the published one."""
     _, description = IMAGE_PROMPT_TEMPLATE["template"].split("<image>\n")
     description = description.split("<|eot_id|>")[0]
-    # Of what is cropped, the words beside these are 4 marks before the image, it, and 5 tokens of the user's header.
+    # What is cropped: tokens before the image, the image, these words, and the four of the user's header.
     missing = IMAGE_PROMPT_TEMPLATE["crop_start"] - IMAGE_PROMPT_TEMPLATE["image_emb_start"] - 5
     tokenizer = make_tiny_tokenizer({_SYSTEM: f"{_SYSTEM} " * 3, description: f"{_SYSTEM} " * missing})
     tokenizer.add_special_tokens({"additional_special_tokens": list(_MARKS)})
