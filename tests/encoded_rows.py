@@ -14,7 +14,7 @@ def write_encoded_rows(directory: Path, model: ModelBase, *, num_frames: int = 9
     """Clips of noise of 32 x 32, one for each caption, with all that the model's encoders make of it."""
     encoders = model.encoders()
     video = torch.rand(len(CAPTIONS), 3, num_frames, 32, 32, generator=torch.Generator().manual_seed(0))
-    latents, text = encoders.encode_video(video), encoders.encode_prompts(CAPTIONS)
+    latents, text = encoders.encode_video(video), encoders.encode_clip_captions(CAPTIONS, video)
     columns = {**text.extras, **encoders.encode_images(video)}
     assert text.text is not None and text.text_mask is not None
     rows = [

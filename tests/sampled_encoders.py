@@ -68,9 +68,23 @@ class ImageEncoders(SampledEncoders):
         return {"first_frame_latent": video[:, :, :1, ::8, ::8], "clip_feature": video.mean((2, 3, 4))[:, None]}
 
 
+class ReadingEncoders(SampledEncoders):
+    """As those of a network whose text reads the image: the pooled text is the first frame's means."""
+
+    text_reads_image = True
+
+    def encode_clip_captions(self, captions: Sequence[str], video: Tensor) -> Conditioning:
+        text = self.encode_prompts(captions)
+        return Conditioning(text.text, text.text_mask, {"pooled_text_embedding": video[:, :, 0].mean((2, 3))})
+
+
 class SampledModel:
     encoders_class = SampledEncoders
 
 
 class ImageModel:
     encoders_class = ImageEncoders
+
+
+class ReadingModel:
+    encoders_class = ReadingEncoders

@@ -10,19 +10,27 @@ from diffusers import (
     HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
+    HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import (
+    DEFAULT_PROMPT_TEMPLATE as IMAGE_PROMPT_TEMPLATE,
+)
 from tiny_models import WORDS
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     ByT5Tokenizer,
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
@@ -38,8 +46,12 @@ POOLED_DIM = 8
 GLYPH_DIM = 8
 LATENT_CHANNELS = 4
 FLOW_SHIFT = 7.0
+# The tokens of an image alone, at most, and some of text.
+IMAGE_TEXT_LENGTH = 288 + 16
 # Words that stand for a template's first tokens, which the pipelines crop by their number.
 _SYSTEM = "system"
+# Of the template with an image: the pipeline looks for the first and the last.
+_MARKS = ("<image>", "<|start_header_id|>", "<|eot_id|>", "<|end_header_id|>")
 
 
 def make_tiny_hunyuan_transformer(seed: int = 0, **config: object) -> HunyuanVideoTransformer3DModel:
@@ -64,22 +76,7 @@ def make_tiny_hunyuan_transformer(seed: int = 0, **config: object) -> HunyuanVid
 def make_tiny_hunyuan_directory(path: Path, *, seed: int = 0) -> Path:
     """Save tokenizers, LLaMA, CLIP, VAE (temporal 4, spatial 8), transformer and scheduler as one pipeline."""
     torch.manual_seed(seed)
-    vocabulary_size = len(WORDS) + 4
-    llama = LlamaModel(
-        LlamaConfig(
-            vocab_size=vocabulary_size,
-            hidden_size=TEXT_DIM,
-            intermediate_size=32,
-            # The pipeline reads the layer before the last two.
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=256,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=1,
-        )
-    )
+    llama = LlamaModel(_llama_config())
     prefix = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")[0]
     HunyuanVideoPipeline(
         text_encoder=llama.eval(),
@@ -93,6 +90,68 @@ def make_tiny_hunyuan_directory(path: Path, *, seed: int = 0) -> Path:
         transformer=make_tiny_hunyuan_transformer(seed),
     ).save_pretrained(path)
     return path
+
+
+def make_tiny_hunyuan_i2v_directory(path: Path, *, kind: str = "token_replace", seed: int = 0) -> Path:
+    """The same with LLaVA, whose image has 576 tokens of a pixel each, as an image-to-video pipeline of this kind."""
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=1
+    )
+    tokenizer = make_tiny_image_tokenizer()
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=_llama_config(),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            pad_token_id=0,
+        )
+    )
+    in_channels = 2 * LATENT_CHANNELS + 1 if kind == "latent_concat" else LATENT_CHANNELS
+    HunyuanVideoImageToVideoPipeline(
+        text_encoder=llava.eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=make_tiny_clip(),
+        tokenizer_2=make_tiny_tokenizer({}),
+        vae=make_tiny_hunyuan_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
+        transformer=make_tiny_hunyuan_transformer(
+            seed,
+            in_channels=in_channels,
+            image_condition_type=kind,
+            # As the two published ones.
+            guidance_embeds=kind == "token_replace",
+        ),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}),
+    ).save_pretrained(path)
+    return path
+
+
+def make_tiny_image_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that makes of the template with an image as many tokens as the published one."""
+    _, description = IMAGE_PROMPT_TEMPLATE["template"].split("<image>\n")
+    description = description.split("<|eot_id|>")[0]
+    # What is cropped: tokens before the image, the image, these words, and the four of the user's header.
+    missing = IMAGE_PROMPT_TEMPLATE["crop_start"] - IMAGE_PROMPT_TEMPLATE["image_emb_start"] - 5
+    tokenizer = make_tiny_tokenizer({_SYSTEM: f"{_SYSTEM} " * 3, description: f"{_SYSTEM} " * missing})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(_MARKS)})
+    return tokenizer
+
+
+def _llama_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(WORDS) + 4 + len(_MARKS),
+        hidden_size=TEXT_DIM,
+        intermediate_size=32,
+        # The pipelines read the layer before the last two.
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
 
 
 def make_tiny_clip() -> CLIPTextModel:

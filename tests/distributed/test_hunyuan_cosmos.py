@@ -10,7 +10,12 @@ import pytest
 from encoded_rows import write_encoded_rows
 from parallel_launch import CHECKPOINTING, DDP, FSDP2, GLOBAL_BATCH, SGD, Run, launch
 from tiny_cosmos import make_tiny_cosmos_directory
-from tiny_hunyuan import make_tiny_hunyuan15_directory, make_tiny_hunyuan_directory
+from tiny_hunyuan import (
+    IMAGE_TEXT_LENGTH,
+    make_tiny_hunyuan15_directory,
+    make_tiny_hunyuan_directory,
+    make_tiny_hunyuan_i2v_directory,
+)
 from tiny_kandinsky5 import make_tiny_kandinsky5_directory
 from tiny_models import TEXT_LENGTH
 from tiny_runs import dmd2_config, metrics, train
@@ -20,12 +25,14 @@ from fv_distill import models
 RUNNER = Path(__file__).with_name("cosmos_runs.py")
 FAMILIES = {
     "hunyuan": (make_tiny_hunyuan_directory, "HunyuanVideoModel"),
+    "hunyuan_i2v": (make_tiny_hunyuan_i2v_directory, "HunyuanVideoImageToVideoModel"),
     "hunyuan15": (make_tiny_hunyuan15_directory, "HunyuanVideo15Model"),
     "cosmos": (make_tiny_cosmos_directory, "CosmosModel"),
     "kandinsky5": (make_tiny_kandinsky5_directory, "Kandinsky5Model"),
 }
 EQUAL = {
     "hunyuan-fsdp2": Run("hunyuan", FSDP2, CHECKPOINTING),
+    "hunyuan_i2v-fsdp2": Run("hunyuan_i2v", FSDP2, CHECKPOINTING),
     "hunyuan15-ddp": Run("hunyuan15", DDP),
     "cosmos-fsdp2": Run("cosmos", FSDP2, CHECKPOINTING),
 }
@@ -42,14 +49,15 @@ def configs(folder):
     configs = {}
     for name, (make, adapter) in FAMILIES.items():
         directory = make(folder / f"{name}-model")
-        model = getattr(models, adapter).from_pretrained(str(directory), text_length=TEXT_LENGTH)
+        text_length = IMAGE_TEXT_LENGTH if name == "hunyuan_i2v" else TEXT_LENGTH
+        model = getattr(models, adapter).from_pretrained(str(directory), text_length=text_length)
         rows = write_encoded_rows(folder / f"{name}-rows", model)
         config = configs[name] = dmd2_config(directory, rows, folder / name)
         for role in config["models"].values():
             role["_target_"] = f"fv_distill.models.{adapter}"
         config["method"]["fake_score_learning_rate"] = 0.05
         config["training"]["optimizer"] = {**SGD, "learning_rate": 0.1}
-        config["training"]["data"]["caption_dropout"] = 0.3
+        config["training"]["data"] |= {"caption_dropout": 0.3, "text_length": text_length}
         config["training"]["loop"]["max_train_steps"] = 2
         config["training"]["checkpoint"]["every_steps"] = 0
     return configs

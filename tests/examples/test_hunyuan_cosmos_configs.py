@@ -12,7 +12,13 @@ from fv_distill.estimate.estimate import Device
 from fv_distill.estimate.published import config_directory
 from fv_distill.export.call_arguments import training_call_arguments
 from fv_distill.export.scheduler import few_step_scheduler_for
-from fv_distill.models import CosmosModel, HunyuanVideo15Model, HunyuanVideoModel, Kandinsky5Model
+from fv_distill.models import (
+    CosmosModel,
+    HunyuanVideo15Model,
+    HunyuanVideoImageToVideoModel,
+    HunyuanVideoModel,
+    Kandinsky5Model,
+)
 from fv_distill.schedules import few_step_sigmas
 from fv_distill.training.estimating import estimate_run
 
@@ -20,6 +26,12 @@ CONFIGS = Path(__file__).resolve().parents[2] / "examples/configs"
 # Name of the configs: adapter, published network, parameters, size and frames of the clips.
 FAMILIES = {
     "hunyuanvideo": (HunyuanVideoModel, "hunyuanvideo-community/HunyuanVideo", 12.8e9, (480, 832, 81)),
+    "hunyuanvideo_i2v": (
+        HunyuanVideoImageToVideoModel,
+        "hunyuanvideo-community/HunyuanVideo-I2V",
+        12.8e9,
+        (480, 832, 81),
+    ),
     "hunyuanvideo1.5": (
         HunyuanVideo15Model,
         "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v",
@@ -85,8 +97,9 @@ def test_the_students_levels_are_visited_by_the_familys_pipeline(family):
 
 
 @pytest.mark.slow
-def test_the_hunyuan_config_fits_eight_gpus():
-    config = load_run_config(CONFIGS / "dmd2/hunyuanvideo.yaml")
+@pytest.mark.parametrize("name", ["hunyuanvideo", "hunyuanvideo_i2v"])
+def test_the_hunyuan_config_fits_eight_gpus(name):
+    config = load_run_config(CONFIGS / f"dmd2/{name}.yaml")
     layout = Layout(8, "sharded", 8, "bf16", device_type="cuda")
     found = estimate_run(config, layout, Device("GPU", None, None, 0.4))
     assert found.peak.total < 0.9 * 80 * 2**30

@@ -14,6 +14,7 @@ from tiny_hunyuan import (
     make_tiny_hunyuan15_i2v_directory,
     make_tiny_hunyuan15_transformer,
     make_tiny_hunyuan_directory,
+    make_tiny_hunyuan_i2v_directory,
     make_tiny_hunyuan_transformer,
 )
 from tiny_models import TEXT_LENGTH
@@ -25,7 +26,13 @@ from fv_distill.estimate.estimate import Device
 from fv_distill.export.call_arguments import training_call_arguments
 from fv_distill.export.guider import set_guider
 from fv_distill.export.scheduler import few_step_scheduler, few_step_scheduler_for
-from fv_distill.models import HunyuanVideo15Model, HunyuanVideoModel, UncondPolicy, unconditional
+from fv_distill.models import (
+    HunyuanVideo15Model,
+    HunyuanVideoImageToVideoModel,
+    HunyuanVideoModel,
+    UncondPolicy,
+    unconditional,
+)
 from fv_distill.schedules import few_step_sigmas
 from fv_distill.training.estimating import estimate_run
 
@@ -78,9 +85,9 @@ def test_a_network_without_guidance_embedding_gets_none(directory):
 
 
 @pytest.mark.parametrize("kind", ["latent_concat", "token_replace"])
-def test_image_to_video_networks_are_refused(directory, kind):
+def test_image_to_video_networks_have_their_own_adapter(directory, kind):
     config = make_tiny_hunyuan_transformer(image_condition_type=kind).config
-    with pytest.raises(ValueError, match=f"image-to-video HunyuanVideo .*{kind}"):
+    with pytest.raises(ValueError, match=f"image-to-video HunyuanVideo .*{kind}.*use .*ImageToVideoModel"):
         HunyuanVideoModel.check_network(config, directory)
 
 
@@ -124,8 +131,10 @@ def test_odd_heights_do_not_fit_patches(directory):
 
 
 @pytest.mark.parametrize("preset", ["attention", "all", "linear"])
-def test_lora_presets_name_layers_that_are_there(directory, directory15, preset):
-    for kind, path in ((HunyuanVideoModel, directory), (HunyuanVideo15Model, directory15)):
+def test_lora_presets_name_layers_that_are_there(directory, directory15, preset, tmp_path):
+    image = make_tiny_hunyuan_i2v_directory(tmp_path / "image")
+    kinds = (HunyuanVideoModel, directory), (HunyuanVideo15Model, directory15), (HunyuanVideoImageToVideoModel, image)
+    for kind, path in kinds:
         model = kind.from_pretrained(str(path))
         names = [name for name, module in model.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
         for target in kind.lora_presets[preset]:

@@ -8,9 +8,11 @@ import tiny_matrixgame2
 from made_clips import make_frames, write_clip
 from tiny_cosmos import make_tiny_cosmos2_directory, make_tiny_cosmos_directory
 from tiny_hunyuan import (
+    IMAGE_TEXT_LENGTH,
     make_tiny_hunyuan15_directory,
     make_tiny_hunyuan15_i2v_directory,
     make_tiny_hunyuan_directory,
+    make_tiny_hunyuan_i2v_directory,
 )
 from tiny_kandinsky5 import make_tiny_kandinsky5_directory, make_tiny_kandinsky5_i2v_directory
 from tiny_longcat import make_tiny_longcat_directory
@@ -38,7 +40,16 @@ NUM_FRAMES = 9
 # Of the families whose clips have to be longer.
 LONGER = {"kandinsky5_i2v": 17}
 # Those whose rows hold the first frame.
-IMAGES = ("wan21_i2v", "wan22_i2v", "hunyuan15_i2v", "kandinsky5_i2v", "matrixgame2", "matrixgame2_keyboard")
+IMAGES = (
+    "wan21_i2v",
+    "wan22_i2v",
+    "hunyuan_i2v",
+    "hunyuan_i2v_concat",
+    "hunyuan15_i2v",
+    "kandinsky5_i2v",
+    "matrixgame2",
+    "matrixgame2_keyboard",
+)
 
 
 def published_longcat(path):
@@ -50,6 +61,10 @@ def keyboard_only(path):
     return tiny_matrixgame2.make_directory(path, enable_mouse=False)
 
 
+def hunyuan_concat(path):
+    return make_tiny_hunyuan_i2v_directory(path, kind="latent_concat")
+
+
 # The adapter; the directory's maker; frames per latent frame; pixels per patch; further options of the student.
 FAMILIES = {
     "wan": ("WanModel", make_tiny_wan_directory, 4, 16, {}),
@@ -58,6 +73,8 @@ FAMILIES = {
     "wan22_t2v": ("WanModel", make_wan22_t2v_directory, 4, 16, {"expert": "low"}),
     "ti2v": ("WanImageToVideoModel", make_ti2v_directory, 4, 32, {}),
     "hunyuan": ("HunyuanVideoModel", make_tiny_hunyuan_directory, 4, 16, {}),
+    "hunyuan_i2v": ("HunyuanVideoImageToVideoModel", make_tiny_hunyuan_i2v_directory, 4, 16, {}),
+    "hunyuan_i2v_concat": ("HunyuanVideoImageToVideoModel", hunyuan_concat, 4, 16, {}),
     "hunyuan15": ("HunyuanVideo15Model", make_tiny_hunyuan15_directory, 4, 16, {}),
     "hunyuan15_i2v": ("HunyuanVideo15Model", make_tiny_hunyuan15_i2v_directory, 4, 16, {}),
     "cosmos25": ("CosmosModel", make_tiny_cosmos_directory, 4, 16, {}),
@@ -133,7 +150,11 @@ def test_rows_train_the_adapter(family, clips, tmp_path):
     assert read_pipeline_class(directory) in ENCODERS_BY_PIPELINE
     assert read_geometry(directory) == Geometry(temporal, multiple)
     is_game = adapter == "MatrixGame2Model"
-    text_length = CLIP_TEXT_LENGTH if family == "wan21_i2v" else 16
+    text_length = {
+        "wan21_i2v": CLIP_TEXT_LENGTH,
+        "hunyuan_i2v": IMAGE_TEXT_LENGTH,
+        "hunyuan_i2v_concat": IMAGE_TEXT_LENGTH,
+    }.get(family, 16)
     summary = preprocess(
         PreprocessOptions(
             model=str(directory),

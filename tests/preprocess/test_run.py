@@ -82,6 +82,32 @@ def test_a_caption_is_encoded_once(data, run):
     assert sorted(SampledEncoders.prompts) == ["an even number", "odd", "only here"]
 
 
+def test_text_that_reads_the_image_belongs_to_its_clip(tmp_path, data, run, read_rows):
+    """Clips of one caption have texts of their own, in the texts' type; the captions' folder is never there."""
+    options = {"adapter": "sampled_encoders.ReadingModel", "text_dtype": "bfloat16"}
+    write_clip(data / "clip2.mp4", 255 - make_frames(6))
+    run(data, **options, shard_rows=2)
+    rows = read_rows()
+    assert_complete(rows, stored_summary(tmp_path / "rows"))
+    assert sorted(SampledEncoders.prompts) == ["an even number"] * 4 + ["odd"] * 3
+    assert {encoders.dtype for encoders in SampledEncoders.made} == {torch.float32, torch.bfloat16}
+    pooled = [rows[f"clip{number}.mp4"]["pooled_text_embedding"] for number in (0, 2)]
+    assert (pooled[0] - pooled[1]).abs().max() > 0.1
+    # What is there isn't encoded again, and what is missing is.
+    SampledEncoders.prompts.clear()
+    next((tmp_path / "rows").glob("part-*1.parquet")).unlink()
+    run(data, **options, shard_rows=2)
+    assert len(SampledEncoders.prompts) == 2
+    for key, row in read_rows().items():
+        assert torch.equal(row["pooled_text_embedding"], rows[key]["pooled_text_embedding"])
+
+
+def test_prompts_alone_are_no_rows_of_text_that_reads_the_image(tmp_path, run):
+    (tmp_path / "prompts.txt").write_text("a digit\n")
+    with pytest.raises(ValueError, match="has no videos, but the text encoder of .* prompts alone make no rows"):
+        run(tmp_path / "prompts.txt", adapter="sampled_encoders.ReadingModel")
+
+
 def test_captions_and_clips_have_their_own_types(data, run, tmp_path):
     import pyarrow.parquet as pq
 
@@ -193,6 +219,14 @@ def test_a_run_killed_anywhere_goes_on(tmp_path, tiny_wan, data, run, read_rows,
     assert left == []
 
 
+@pytest.mark.parametrize(("kind", "number"), [("rename", 1), ("rename", 3), ("open", 3), ("tensor", 5)])
+def test_a_killed_run_whose_text_reads_the_image_goes_on(tmp_path, tiny_wan, data, run, read_rows, kind, number):
+    reading = {"adapter": "sampled_encoders.ReadingModel", "shard_rows": 2}
+    assert exit_code(as_options(tiny_wan, data, tmp_path / "rows", **reading), kind, number) == -9
+    run(data, **reading)
+    assert_complete(read_rows(), stored_summary(tmp_path / "rows"))
+
+
 def test_a_killed_run_keeps_its_finished_files(tmp_path, tiny_wan, data, run):
     # The settings, three captions and two files of rows.
     assert exit_code(as_options(tiny_wan, data, tmp_path / "rows", shard_rows=2), "rename", 6) == -9
@@ -204,11 +238,13 @@ def test_a_killed_run_keeps_its_finished_files(tmp_path, tiny_wan, data, run):
     assert SampledEncoders.prompts == []
 
 
-def test_two_processes_share_the_work(tmp_path, tiny_wan, data, run, read_rows):
+@pytest.mark.parametrize("adapter", ["SampledModel", "ReadingModel"])
+def test_two_processes_share_the_work(tmp_path, tiny_wan, data, run, read_rows, adapter):
     """As one process does it, but for the files' names; and with the other's rows half there."""
-    run(data)
+    adapter = f"sampled_encoders.{adapter}"
+    run(data, adapter=adapter)
     alone = read_rows()
-    options = as_options(tiny_wan, data, tmp_path / "shared", shard_rows=2)
+    options = as_options(tiny_wan, data, tmp_path / "shared", shard_rows=2, adapter=adapter)
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     tests = Path(__file__).parents[1]
     paths = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
@@ -226,12 +262,13 @@ def test_two_processes_share_the_work(tmp_path, tiny_wan, data, run, read_rows):
     assert_complete(shared, stored_summary(tmp_path / "shared"))
     for key, row in alone.items():
         assert torch.equal(shared[key]["vae_latent"], row["vae_latent"])
-        assert torch.equal(shared[key]["text_embedding"], row["text_embedding"])
+        for name in ("text_embedding", "pooled_text_embedding"):
+            assert torch.equal(shared[key][name], row[name])
     ranks = {path.name[:10] for path in (tmp_path / "shared").glob("*.parquet")}
     assert ranks == {"part-00000", "part-00001"}
     # One process goes on with what two have begun.
     next((tmp_path / "shared").glob("part-00001-*.parquet")).unlink()
-    run(data, output=str(tmp_path / "shared"))
+    run(data, output=str(tmp_path / "shared"), adapter=adapter)
     assert_complete(read_rows("shared"), stored_summary(tmp_path / "shared"))
 
 

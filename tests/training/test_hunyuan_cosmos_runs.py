@@ -10,9 +10,11 @@ from encoded_rows import write_encoded_rows
 from PIL import Image
 from tiny_cosmos import PassingChecker, make_tiny_cosmos2_directory, make_tiny_cosmos_directory
 from tiny_hunyuan import (
+    IMAGE_TEXT_LENGTH,
     make_tiny_hunyuan15_directory,
     make_tiny_hunyuan15_i2v_directory,
     make_tiny_hunyuan_directory,
+    make_tiny_hunyuan_i2v_directory,
 )
 from tiny_kandinsky5 import make_tiny_kandinsky5_directory, make_tiny_kandinsky5_i2v_directory
 from tiny_models import TEXT_LENGTH
@@ -31,8 +33,15 @@ from fv_distill import models
 from fv_distill.data import ParquetDataset, write_rows
 from fv_distill.export.convert import convert
 
+
+def make_concat_directory(path):
+    return make_tiny_hunyuan_i2v_directory(path, kind="latent_concat")
+
+
 FAMILIES = {
     "hunyuan": (make_tiny_hunyuan_directory, "HunyuanVideoModel", {}),
+    "hunyuan_i2v": (make_tiny_hunyuan_i2v_directory, "HunyuanVideoImageToVideoModel", {}),
+    "hunyuan_i2v_concat": (make_concat_directory, "HunyuanVideoImageToVideoModel", {}),
     "hunyuan15": (make_tiny_hunyuan15_directory, "HunyuanVideo15Model", {}),
     "hunyuan15_i2v": (make_tiny_hunyuan15_i2v_directory, "HunyuanVideo15Model", {}),
     "kandinsky5": (make_tiny_kandinsky5_directory, "Kandinsky5Model", {}),
@@ -43,7 +52,20 @@ FAMILIES = {
 }
 # Frames of the clips, where they aren't 9; Kandinsky's image-to-video pipeline makes NaN of as short ones.
 NUM_FRAMES = {"kandinsky5_i2v": 17}
-LORA_IN_PIPELINE = {"hunyuan": True, "hunyuan15": False, "kandinsky5": True, "kandinsky5_i2v": True, "cosmos": True}
+LORA_IN_PIPELINE = {
+    "hunyuan": True,
+    "hunyuan_i2v": True,
+    "hunyuan15": False,
+    "kandinsky5": True,
+    "kandinsky5_i2v": True,
+    "cosmos": True,
+}
+# Made of a first frame.
+IMAGE_FAMILIES = ("hunyuan_i2v", "hunyuan_i2v_concat", "hunyuan15_i2v", "kandinsky5_i2v")
+
+
+def text_length_of(name):
+    return IMAGE_TEXT_LENGTH if name.startswith("hunyuan_i2v") else TEXT_LENGTH
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +77,7 @@ def families(tmp_path_factory):
         make, adapter, _ = FAMILIES[name]
         if name not in made:
             directory = make(folder / f"{name}-model")
-            model = getattr(models, adapter).from_pretrained(str(directory), text_length=TEXT_LENGTH)
+            model = getattr(models, adapter).from_pretrained(str(directory), text_length=text_length_of(name))
             rows = write_encoded_rows(folder / f"{name}-rows", model, num_frames=NUM_FRAMES.get(name, 9))
             made[name] = directory, rows
         return made[name]
@@ -71,7 +93,7 @@ def config_of(make, name, families, output):
         role |= {"_target_": f"fv_distill.models.{adapter}", **options}
     config["training"]["loop"]["max_train_steps"] = 2
     config["training"]["checkpoint"]["every_steps"] = 1
-    config["training"]["data"]["caption_dropout"] = 0.5
+    config["training"]["data"] |= {"caption_dropout": 0.5, "text_length": text_length_of(name)}
     return config
 
 
@@ -84,14 +106,15 @@ def load_pipeline(directory, name):
 
 
 def generate(pipeline, call, name):
-    red = Image.new("RGB", (32, 32), "red")
-    images = {"cosmos2": torch.zeros(1, 3, 32, 32), "hunyuan15_i2v": red, "kandinsky5_i2v": red}
+    images = {"cosmos2": torch.zeros(1, 3, 32, 32), **dict.fromkeys(IMAGE_FAMILIES, Image.new("RGB", (32, 32), "red"))}
     image = {"image": images[name]} if name in images else {}
     torch.manual_seed(0)
     frames = pipeline(
         prompt="a digit", generator=torch.Generator().manual_seed(0), output_type="np", **call, **image
     ).frames[0]
-    assert frames.shape == (NUM_FRAMES.get(name, 9), 32, 32, 3) and np.isfinite(frames).all()
+    # The pipeline of latent_concat leaves the first latent's and three more out.
+    num_frames = 5 if name == "hunyuan_i2v_concat" else NUM_FRAMES.get(name, 9)
+    assert frames.shape == (num_frames, 32, 32, 3) and np.isfinite(frames).all()
     return frames
 
 
@@ -109,7 +132,7 @@ def test_fine_tuning_resumes_and_its_export_generates(name, families, tmp_path):
     assert_same_state(checkpoint(whole, 2), checkpoint(resumed, 2), num_networks=1, num_optimizers=1)
     export = convert(checkpoint(whole, 2), tmp_path / "export")
     info = json.loads((export / "fv_distill.json").read_text())
-    assert info["call"].get("guidance_scale") == (6.0 if name == "hunyuan" else None)
+    assert info["call"].get("guidance_scale") == (6.0 if name.startswith("hunyuan") and "15" not in name else None)
     call = {"num_inference_steps": 2, **info["call"]}
     pipeline = load_pipeline(export, name)
     ours = generate(pipeline, call, name)
@@ -131,13 +154,18 @@ def test_dmd2_trains_and_its_export_visits_the_trained_levels(name, families, tm
         assert pipeline.guider.guidance_scale == 1.0
 
 
-def test_teacher_paths_lead_to_the_given_frame(families, tmp_path):
-    run = train(config_of(kd_config, "kandinsky5_i2v", families, tmp_path / "run"))
-    assert len(metrics(run)) == 2
-    for path in ParquetDataset(str(tmp_path / "run-paths"), cache_dir=str(tmp_path)):
-        states, given = path["trajectory_latents"], path["first_frame_latent"]
-        torch.testing.assert_close(states[-1][:, :1], given, atol=1e-5, rtol=0)
-        assert (states[0][:, :1] - given).abs().max() > 0.1
+@pytest.mark.parametrize("name", ["hunyuan_i2v", "hunyuan_i2v_concat", "kandinsky5_i2v"])
+def test_kd_of_image_to_video_trains_on_guided_paths(name, families, tmp_path):
+    config = config_of(kd_config, name, families, tmp_path / "run")
+    config["method"]["teacher_guidance_scale"] = 3.0
+    run = train(config)
+    assert np.isfinite([line["loss/student"] for line in metrics(run)]).all()
+    export = convert(checkpoint(run, 2), tmp_path / "export")
+    generate(load_pipeline(export, name), json.loads((export / "fv_distill.json").read_text())["call"], name)
+    row = ParquetDataset(config["method"]["teacher_path_cache"], cache_dir=str(tmp_path / "cache"))[0]
+    states, given = row["trajectory_latents"], row["first_frame_latent"]
+    assert torch.allclose(states[-1][:, :1], given, atol=1e-4) is (name != "hunyuan_i2v_concat")
+    assert (states[0][:, :1] - given).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", LORA_IN_PIPELINE)
@@ -169,13 +197,16 @@ def test_a_few_step_predict2_is_not_exported(families, tmp_path):
         train(config)
 
 
-def test_validation_samples_with_the_familys_pipeline(families, tmp_path):
+@pytest.mark.parametrize("name", ["hunyuan", "hunyuan_i2v"])
+def test_validation_samples_with_the_familys_pipeline(name, families, tmp_path):
     """HunyuanVideo's guidance is embedded, and its second argument for guidance is switched off."""
-    config = config_of(dmd2_config, "hunyuan", families, tmp_path / "run")
-    (tmp_path / "prompts.txt").write_text("a digit\n")
+    config = config_of(dmd2_config, name, families, tmp_path / "run")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "first.png")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"caption": "a digit", "image": "first.png"}) + "\n")
+    kind = "HunyuanVideoPipeline" if name == "hunyuan" else "HunyuanVideoImageToVideoPipeline"
     config["callbacks"]["validation"] = {
-        "dataset_file": str(tmp_path / "prompts.txt"),
-        "pipeline_target": "diffusers.HunyuanVideoPipeline",
+        "dataset_file": str(tmp_path / "prompts.jsonl"),
+        "pipeline_target": f"diffusers.{kind}",
         "every_steps": 2,
     }
     run = train(config)
@@ -186,7 +217,7 @@ def test_validation_samples_with_the_familys_pipeline(families, tmp_path):
 def test_roles_that_are_given_other_frames_are_refused(name, other, families, tmp_path):
     config = config_of(dmd2_config, name, families, tmp_path / "run")
     config["models"]["teacher"] = config_of(dmd2_config, other, families, tmp_path)["models"]["teacher"]
-    with pytest.raises(ValueError, match="models.teacher.condition_frames=0, but the student is given 1"):
+    with pytest.raises(ValueError, match="models.teacher takes 0 latent frames for given, but the student 1"):
         train(config)
 
 

@@ -25,6 +25,7 @@ _TRAIN_TIMESTEPS = 1000
 # Those that pass `sigmas`, evenly spaced, to `set_timesteps`, instead of a number of steps.
 _EVEN_PIPELINES = (
     "HunyuanVideoPipeline",
+    "HunyuanVideoImageToVideoPipeline",
     "HunyuanVideo15Pipeline",
     "HunyuanVideo15ImageToVideoPipeline",
     "LTX2Pipeline",

@@ -57,12 +57,19 @@ class DMD2Method(TrainingMethod):
                 "passes would be the same; set method.cfg_uncond.action or .image to zero or drop, or the scale to 1"
             )
         if self._uses_guidance:
-            try:
-                self.teacher.check_unconditional_text(cfg.text)
-            except ValueError as error:
-                raise ValueError(f"method.cfg_uncond.text: {error}") from error
+            self._check_unconditional()
         # The student's rollout on its way to the critic's loss of the same step, by the micro-batch's first sample.
         self._rollouts: dict[tuple[int, int], Tensor] = {}
+
+    def _check_unconditional(self) -> None:
+        for channel, check in (
+            ("text", self.teacher.check_unconditional_text),
+            ("image", self.teacher.check_unconditional_image),
+        ):
+            try:
+                check(getattr(self._policy, channel))
+            except ValueError as error:
+                raise ValueError(f"method.cfg_uncond.{channel}: {error}") from error
 
     def _own_steps(self) -> tuple[int, ...]:
         """Indices of the steps that the student is trained at: all, or those of an expert's noise levels.

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = attach(
         "cosmos": ["CosmosModel"],
         "hunyuan": ["HunyuanVideoModel"],
         "hunyuan15": ["HunyuanVideo15Model"],
+        "hunyuan_image": ["HunyuanVideoImageToVideoModel"],
         "kandinsky5": ["Kandinsky5Model"],
         "kv_cache": ["KVCache"],
         "longcat": ["LongCatVideoModel"],

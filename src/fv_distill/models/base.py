@@ -209,6 +209,9 @@ class ModelBase(RoleNetwork, ABC):
         if policy == "drop" and "text" in self.required_channels:
             raise ValueError(f"drop, but {type(self).__name__} can't run without text; use negative_prompt or zero")
 
+    def check_unconditional_image(self, policy: str) -> None:
+        """Raise a `ValueError` unless guidance's unconditional pass can have this image; see `UncondPolicy.image`."""
+
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise a `ValueError` that names the fix if `encode_prompts` can't encode one of these; loads nothing."""
 

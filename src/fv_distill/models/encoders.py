@@ -26,16 +26,26 @@ class Encoders(ABC):
         dtype: of their weights.
         text_length: the number of tokens that text embeddings are padded to.
 
+    Raises:
+        ValueError: for a text length that is too short for the family.
+
     Attributes:
         reads_text: False in families without a text encoder, whose rows have no text embedding.
+        text_reads_image: True in families whose text encoder reads a clip's first frame beside its caption: text
+            embeddings then belong to clips (`encode_clip_captions`), and `encode_prompts` is for what an unconditional
+            pass reads.
+        image_tokens: how many of a text's tokens are an image's, at most.
         vae: the diffusers autoencoder; families make it a cached property.
     """
 
     reads_text: ClassVar[bool] = True
+    text_reads_image: ClassVar[bool] = False
+    image_tokens: ClassVar[int] = 0
 
     vae: Any
 
     def __init__(self, directory: Path, *, device: torch.device, dtype: torch.dtype, text_length: int) -> None:
+        self.check_text_length(text_length)
         self.directory = directory
         self.device = device
         self.dtype = dtype
@@ -46,9 +56,25 @@ class Encoders(ABC):
         """The frames of the shortest clip that a directory's pipeline can make."""
         return 1
 
+    @classmethod
+    def check_text_length(cls, text_length: int) -> None:
+        """Raise a `ValueError` that names the fix if text of so many tokens has no room for a prompt."""
+        if text_length <= cls.image_tokens:
+            raise ValueError(
+                f"text_length={text_length}, but up to {cls.image_tokens} tokens of {cls.__name__}'s text are an "
+                f"image's; set it to {cls.image_tokens + 256} for prompts of up to 256 tokens"
+            )
+
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Text conditioning `[len(prompts), text_length, D]`, fp32 and zero at padding; see `Conditioning`."""
+
+    def encode_clip_captions(self, captions: Sequence[str], video: Tensor) -> Conditioning:
+        """Text conditioning of the captions of videos `[len(captions), 3, F, H, W]` in [0, 1]; see `encode_prompts`.
+
+        The videos only matter to families with `text_reads_image`, which override this.
+        """
+        return self.encode_prompts(captions)
 
     @abstractmethod
     def encode_video(self, video: Tensor) -> Tensor:

@@ -57,20 +57,23 @@ class HunyuanVideoModel(ModelBase):
         if network_config.image_condition_type is not None:
             raise ValueError(
                 f"{directory} is an image-to-video HunyuanVideo (image_condition_type: "
-                f"{network_config.image_condition_type}), whose text encoder reads the image too; only the "
-                "text-to-video network is handled"
+                f"{network_config.image_condition_type}); use fv_distill.models.HunyuanVideoImageToVideoModel"
             )
 
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelBase.predict_velocity`; sigma is `[B]`, as the network has one time embedding per clip."""
+        return self.run_network(x_t, sigma, conditioning)
+
+    def run_network(self, hidden_states: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output, fp32, for an input that may be more than `x_t`."""
         assert conditioning.text is not None, "HunyuanVideo has no network without text; see required_channels"
         assert conditioning.text_mask is not None, "HunyuanVideo's attention needs to know which tokens are real"
         assert sigma.ndim == 1, "one noise level per clip; see takes_sigma_per_frame"
         guidance = None
         if self.network_config.guidance_embeds:
-            guidance = torch.full((len(x_t),), 1000.0 * self.embedded_guidance, dtype=self.dtype, device=x_t.device)
+            guidance = torch.full((len(sigma),), 1000.0 * self.embedded_guidance, dtype=self.dtype, device=sigma.device)
         (velocity,) = self.call_network(
-            hidden_states=x_t.to(self.dtype),
+            hidden_states=hidden_states.to(self.dtype),
             timestep=1000 * sigma.float(),
             encoder_hidden_states=conditioning.text.to(self.dtype),
             encoder_attention_mask=conditioning.text_mask.to(self.dtype),
@@ -94,7 +97,7 @@ class HunyuanVideoModel(ModelBase):
         config = self.network_config
         check_clip_shape(
             shape,
-            channels=config.in_channels,
+            channels=config.out_channels,
             patch_size=(config.patch_size_t, config.patch_size, config.patch_size),
             temporal_factor=self.temporal_factor,
             num_frames=num_frames,

@@ -1,15 +1,34 @@
-"""HunyuanVideo's text encoders and VAE, called as `HunyuanVideoPipeline` calls them."""
+"""HunyuanVideo's text encoders and VAE, called as its two pipelines, with and without an image, call them."""
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
+import PIL.Image
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoImageToVideoPipeline, HunyuanVideoPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor
 
+from .clean_frames import COLUMN
 from .conditioning import Conditioning
 from .encoders import Encoders
+from .pretrained import load_component_config, read_latent_statistics
+
+# Of the image's tokens `HunyuanVideoImageToVideoPipeline` keeps every so many-th, by the network's
+# `image_condition_type`; its unconditional pass has the default of `encode_prompt`, whatever the network.
+_INTERLEAVES = {"latent_concat": 2, "token_replace": 4}
+_UNCONDITIONAL_INTERLEAVE = 2
+# `encode_prompt` cuts the assistant's header out of what it has padded to `max_sequence_length`.
+_CUT_OUT = 4
+# The processor brings images to its own size, so that one that is black all over is the same in any.
+_BLACK = PIL.Image.new("RGB", (64, 64))
+
+
+def _num_image_tokens(interleave: int) -> int:
+    whole: Any = DEFAULT_PROMPT_TEMPLATE["image_emb_len"]
+    return len(range(0, whole, interleave))
 
 
 class HunyuanVideoEncoders(Encoders):
@@ -49,3 +68,70 @@ class HunyuanVideoEncoders(Encoders):
         """See `Encoders.decode`."""
         video = self.vae.decode(latents.to(self.device, self.vae.dtype), return_dict=False)[0]
         return (video.float() / 2 + 0.5).clamp(0, 1)
+
+
+class HunyuanVideoImageEncoders(HunyuanVideoEncoders):
+    """See `Encoders`; the text is LLaVA's tokens of an image, then of a prompt, `text_length` of both together."""
+
+    text_reads_image: ClassVar[bool] = True
+    image_tokens: ClassVar[int] = _num_image_tokens(_UNCONDITIONAL_INTERLEAVE)
+
+    @cached_property
+    def interleave(self) -> int:
+        """Every so many-th of the image's tokens is part of the text.
+
+        Raises:
+            ValueError: if the directory's network reads no image.
+        """
+        kind = load_component_config(self.directory, "transformer").get("image_condition_type")
+        if kind not in _INTERLEAVES:
+            raise ValueError(
+                f"{self.directory} is no image-to-video HunyuanVideo: its image_condition_type is {kind}, which is "
+                f"neither {' nor '.join(_INTERLEAVES)}"
+            )
+        return _INTERLEAVES[kind]
+
+    @cached_property
+    def text_pipeline(self) -> Any:
+        """A `HunyuanVideoImageToVideoPipeline` of nothing but what reads text."""
+        kind = HunyuanVideoImageToVideoPipeline
+        pipeline = kind.from_pretrained(self.directory, transformer=None, vae=None, dtype=self.dtype)
+        pipeline.text_encoder.to(self.device)
+        pipeline.text_encoder_2.to(self.device)
+        return pipeline
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """See `Encoders.encode_prompts`; beside a black image, as in the pipeline's unconditional pass."""
+        return self._encode(prompts, [_BLACK] * len(prompts), _UNCONDITIONAL_INTERLEAVE)
+
+    @torch.no_grad()
+    def encode_clip_captions(self, captions: Sequence[str], video: Tensor) -> Conditioning:
+        """See `Encoders.encode_clip_captions`; each beside its video's first frame."""
+        images = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(video[:, :, 0]))
+        return self._encode(captions, images, self.interleave)
+
+    @torch.no_grad()
+    def encode_images(self, video: Tensor) -> dict[str, Tensor]:
+        """See `Encoders.encode_images`: the normalised latents of the first frames alone.
+
+        They are not those that a clip begins with: the VAE's group norms see all of its frames.
+        """
+        _, std = read_latent_statistics(self.directory)
+        return {COLUMN: self.encode_video(video[:, :, :1]) / std.to(self.device)}
+
+    def _encode(self, prompts: Sequence[str], images: Sequence[PIL.Image.Image], interleave: int) -> Conditioning:
+        rows = [
+            # One by one: prompts that are too long are only cropped rightly alone.
+            self.text_pipeline.encode_prompt(
+                image=image,
+                prompt=prompt,
+                max_sequence_length=self.text_length - _num_image_tokens(interleave) + _CUT_OUT,
+                image_embed_interleave=interleave,
+                device=self.device,
+            )
+            for prompt, image in zip(prompts, images, strict=True)
+        ]
+        text, pooled, mask = (torch.cat(values) for values in zip(*rows, strict=True))
+        mask = mask.bool()
+        return Conditioning(text.float() * mask[..., None], mask, {"pooled_text_embedding": pooled.float()})

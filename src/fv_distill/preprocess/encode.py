@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fv_distill.models.conditioning import Conditioning
 from fv_distill.models.encoders import Encoders
 from fv_distill.models.pipeline_index import network_folder
 from fv_distill.models.pretrained import load_component_config, read_vae_factors
@@ -74,16 +75,19 @@ def encode_captions(encoders: Encoders, captions: Sequence[str], dtype: torch.dt
         ValueError: for encoders that make no text embedding though they read text.
     """
     encoded = encoders.encode_prompts(captions)
-    if encoded.text is None:
-        raise ValueError(f"{type(encoders).__name__} makes no text embedding; its reads_text has to be False")
-    rows = []
-    for index in range(len(captions)):
-        text = encoded.text[index]
-        if encoded.text_mask is not None:
-            text = text[encoded.text_mask[index].to(text.device)]
-        row = {"text_embedding": text, **{name: value[index] for name, value in encoded.extras.items()}}
-        rows.append({name: _stored(value, dtype) for name, value in row.items()})
-    return rows
+    return [_text_row(encoders, encoded.row(index), dtype) for index in range(len(captions))]
+
+
+def encode_clip_caption(encoders: Encoders, caption: str, frames: np.ndarray, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a row stores of a caption that is read with the clip's first frame; see `Encoders.text_reads_image`.
+
+    Args:
+        encoders: of the family.
+        caption: the clip's.
+        frames: uint8 `[F, H, W, 3]`, of which the first is looked at.
+        dtype: that floating tensors are stored in.
+    """
+    return _text_row(encoders, encoders.encode_clip_captions([caption], _video(frames[:1], encoders)), dtype)
 
 
 def encode_clip(encoders: Encoders, frames: np.ndarray, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -97,15 +101,30 @@ def encode_clip(encoders: Encoders, frames: np.ndarray, dtype: torch.dtype) -> d
     Raises:
         BadClipError: if what comes out is not finite.
     """
-    # As bytes to the device, where a float takes four times the room.
-    pixels = torch.from_numpy(frames).to(encoders.device, non_blocking=True)
-    video = pixels.permute(3, 0, 1, 2)[None].float() / 255
+    video = _video(frames, encoders)
     encoded = {"vae_latent": encoders.encode_video(video), **encoders.encode_images(video)}
     row = {name: _stored(value[0], dtype) for name, value in encoded.items()}
     bad = [name for name, value in row.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise BadClipError("not finite", f"{', '.join(bad)}: the VAE overflows; try --vae-dtype float32")
     return row
+
+
+def _video(frames: np.ndarray, encoders: Encoders) -> Tensor:
+    # As bytes to the device, where a float takes four times the room.
+    pixels = torch.from_numpy(frames).to(encoders.device, non_blocking=True)
+    return pixels.permute(3, 0, 1, 2)[None].float() / 255
+
+
+def _text_row(encoders: Encoders, encoded: Conditioning, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Of a conditioning of batch size 1."""
+    if encoded.text is None:
+        raise ValueError(f"{type(encoders).__name__} makes no text embedding; its reads_text has to be False")
+    text = encoded.text[0]
+    if encoded.text_mask is not None:
+        text = text[encoded.text_mask[0].to(text.device)]
+    row = {"text_embedding": text, **{name: value[0] for name, value in encoded.extras.items()}}
+    return {name: _stored(value, dtype) for name, value in row.items()}
 
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ ENCODERS_BY_PIPELINE = {
     "Cosmos2_5_PredictBasePipeline": "fv_distill.models.cosmos_encoders.CosmosEncoders",
     "HunyuanVideo15ImageToVideoPipeline": "fv_distill.models.hunyuan15_encoders.HunyuanVideo15Encoders",
     "HunyuanVideo15Pipeline": "fv_distill.models.hunyuan15_encoders.HunyuanVideo15Encoders",
+    "HunyuanVideoImageToVideoPipeline": "fv_distill.models.hunyuan_encoders.HunyuanVideoImageEncoders",
     "HunyuanVideoPipeline": "fv_distill.models.hunyuan_encoders.HunyuanVideoEncoders",
     "Kandinsky5I2VPipeline": "fv_distill.models.kandinsky5_encoders.Kandinsky5Encoders",
     "Kandinsky5T2VPipeline": "fv_distill.models.kandinsky5_encoders.Kandinsky5Encoders",

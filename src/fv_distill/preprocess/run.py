@@ -1,4 +1,7 @@
-"""`fv-distill preprocess`: all captions first, then all clips, each process its share."""
+"""`fv-distill preprocess`: all captions first, then all clips, each process its share.
+
+Where the text encoder reads the clip too, captions are encoded with the clips.
+"""
 
 import contextlib
 import itertools
@@ -21,8 +24,8 @@ from fv_distill.models.pretrained import parse_dtype, resolve_directory
 from .actions import needed_actions, read_actions
 from .ahead import Decoded, decode_ahead
 from .buckets import Size, check_sizes, make_buckets, parse_size
-from .decode import BadClipError, ClipFormat
-from .encode import TILING_AREA, Geometry, encode_captions, encode_clip, read_geometry
+from .decode import BadClipError, Clip, ClipFormat
+from .encode import TILING_AREA, Geometry, encode_captions, encode_clip, encode_clip_caption, read_geometry
 from .families import encoders_class
 from .options import PreprocessOptions
 from .progress import counted, progress
@@ -82,6 +85,12 @@ class Preprocessing:
                 f"num-frames: {options.num_frames} are too few: {self.model} makes no clips of fewer than {fewest} "
                 f"frames; take {fewest} or more"
             )
+        if not self.source.has_video and self.encoders_class.text_reads_image:
+            raise ValueError(
+                f"data: {options.data} has no videos, but the text encoder of {self.model} reads a clip's first frame "
+                "beside its caption: prompts alone make no rows; give videos with captions"
+            )
+        self.encoders_class.check_text_length(options.text_length)
         self.clip_format = clip_format(options, read_geometry(self.model)) if self.source.has_video else None
         self.actions = needed_actions(self.model) if options.actions else ()
         self.texts = TextCache(self.output / _TEXT_FOLDER)
@@ -108,8 +117,11 @@ class Preprocessing:
             console.print(f"{len(self.source) - len(self.pending)} of {len(self.source)} items are there already")
 
     def encode_texts(self) -> None:
-        """Encode the distinct captions of what is to be done, each once over all processes."""
-        if not self.encoders_class.reads_text:
+        """Encode the distinct captions of what is to be done, each once over all processes.
+
+        Not those that are read with their clips, which `encode_clips` encodes.
+        """
+        if not self.encoders_class.reads_text or self.encoders_class.text_reads_image:
             return
         rank, num_ranks = self.state.process_index, self.state.num_processes
         mine = share_of(self._captions(), rank=rank, num_ranks=num_ranks)
@@ -160,6 +172,8 @@ class Preprocessing:
 
     def _rows(self, share: Sequence[int], skips: SkipLog) -> Iterator[dict[str, Any]]:
         encoders = self._encoders(parse_dtype(self.options.vae_dtype))
+        # Captions that are encoded with their clips have a type of their own.
+        readers = self._encoders(self._text_dtype()) if self.encoders_class.text_reads_image else encoders
         if self.clip_format is not None:
             encoders.tile_vae(enabled=_wants_tiles(self.options.vae_tiling, self.clip_format.sizes))
         decoded = decode_ahead(
@@ -173,16 +187,16 @@ class Preprocessing:
             for done, (_, clips) in enumerate(itertools.groupby(decoded, key=lambda clip: clip.index), start=1):
                 for clip in clips:
                     try:
-                        yield self._row(clip, encoders)
+                        yield self._row(clip, encoders, readers)
                     except BadClipError as error:
                         skips.add(clip.name, error)
                 report(done, skips.count)
 
-    def _row(self, decoded: Decoded, encoders: Encoders) -> dict[str, Any]:
+    def _row(self, decoded: Decoded, encoders: Encoders, readers: Encoders) -> dict[str, Any]:
         if decoded.error is not None:
             raise decoded.error
         clip, index = decoded.clip, decoded.index
-        row = {"id": decoded.name, "file_name": self.source.key(index), **self._text(index)}
+        row = {"id": decoded.name, "file_name": self.source.key(index), **self._text(index, clip, readers)}
         if clip is None:
             return row | {"media_type": "text"}
         if self.options.actions:
@@ -199,7 +213,11 @@ class Preprocessing:
             "fps": clip.fps,
         }
 
-    def _text(self, index: int) -> dict[str, Any]:
+    def _text(self, index: int, clip: Clip | None, readers: Encoders) -> dict[str, Any]:
+        if self.encoders_class.text_reads_image:
+            assert clip is not None, "a source without videos was refused"
+            caption = self.source.caption(index)
+            return {"caption": caption, **encode_clip_caption(readers, caption, clip.frames, readers.dtype)}
         if self.encoders_class.reads_text:
             caption = self.source.caption(index)
             return {"caption": caption, **self.texts.load(caption)}

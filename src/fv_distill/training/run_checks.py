@@ -86,8 +86,8 @@ def _check_row(row: Mapping[str, Any], method: TrainingMethod, config: RunConfig
             )
         if model.fixed_given_frames != student.fixed_given_frames:
             raise ValueError(
-                f"models.{role}.condition_frames={model.fixed_given_frames}, but the student is given "
-                f"{student.fixed_given_frames}; give all roles the same"
+                f"models.{role} takes {model.fixed_given_frames} latent frames for given, but the student "
+                f"{student.fixed_given_frames}; give all roles the same condition_frames, or networks of one kind"
             )
 
 
