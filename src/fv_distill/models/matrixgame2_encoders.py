@@ -22,11 +22,7 @@ class MatrixGame2Encoders(Encoders):
     """See `Encoders`; there is no text encoder."""
 
     reads_text = False
-
-    @cached_property
-    def vae(self) -> Any:
-        """The `AutoencoderKLWan`."""
-        return AutoencoderKLWan.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(self.device)
+    vae_class = AutoencoderKLWan
 
     @cached_property
     def image_encoder(self) -> Any:
@@ -41,21 +37,12 @@ class MatrixGame2Encoders(Encoders):
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
         """See `Encoders.encode_video`."""
-        return self._encode(2 * video - 1)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `Encoders.decode`."""
-        video = self.vae.decode(latents.to(self.device, self.vae.dtype), return_dict=False)[0]
-        return (video.float() / 2 + 0.5).clamp(0, 1)
+        return encode_pixels(self.vae, (2 * video - 1).to(self.device))
 
     @torch.no_grad()
     def encode_images(self, video: Tensor) -> dict[str, Tensor]:
         """See `Encoders.encode_images`: what the first frame says, for a clip as long as the video."""
         return first_frame_conditions(self.vae, self.image_encoder, video.to(self.device))
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        return encode_pixels(self.vae, pixels.to(self.device))
 
 
 @torch.no_grad()
