@@ -204,13 +204,7 @@ class CausalModelBase(ModelBase):
             history_sigma = torch.zeros(x_t.shape[0], device=x_t.device)
         # No chunk sees the last one's clean copy.
         length = x_t.shape[2] - self.chunk_size
-        return clean_history[:, :, :length], self.per_frame(history_sigma, x_t)[:, :length]
-
-    @staticmethod
-    def per_frame(sigma: Tensor, x_t: Tensor) -> Tensor:
-        """Sigma `[B]` or `[B, T]` as `[B, T]`, fp32."""
-        sigma = sigma.float()
-        return sigma if sigma.ndim == 2 else sigma[:, None].expand(-1, x_t.shape[2])
+        return clean_history[:, :, :length], flow.per_frame(history_sigma, x_t)[:, :length]
 
     def cache_frames(self, num_frames: int, *, rolling: bool) -> int:
         """How many latent frames a cache has to hold for a clip of so many; see `new_cache`.

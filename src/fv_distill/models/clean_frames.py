@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fv_distill.schedules import flow
+
 from .conditioning import Conditioning
 
 COLUMN = "first_frame_latent"
@@ -80,7 +82,7 @@ def give_frames(
 
 def put_in_place(x_t: Tensor, sigma: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
     """Given frames `[B, C, k, H, W]` in the place of `x_t`'s first, and sigma as `[B, T]`, fp32, 0 there."""
-    levels = per_frame(sigma, x_t)
+    levels = flow.per_frame(sigma, x_t)
     count = given.shape[2]
     levels = torch.cat([torch.zeros_like(levels[:, :count]), levels[:, count:]], dim=1)
     return torch.cat([given.to(x_t.dtype), x_t[:, :, count:]], dim=2), levels
@@ -89,10 +91,5 @@ def put_in_place(x_t: Tensor, sigma: Tensor, given: Tensor) -> tuple[Tensor, Ten
 def lead_to(given: Tensor, x_t: Tensor, sigma: Tensor, velocity: Tensor) -> Tensor:
     """A network's velocity with `(x_t - given) / sigma` for the given frames, so that x0 is what was given."""
     count = given.shape[2]
-    scale = per_frame(sigma, x_t)[:, None, :count, None, None].clamp(min=_SMALLEST_SIGMA)
+    scale = flow.per_frame(sigma, x_t)[:, None, :count, None, None].clamp(min=_SMALLEST_SIGMA)
     return torch.cat([(x_t[:, :, :count].float() - given.float()) / scale, velocity[:, :, count:]], dim=2)
-
-
-def per_frame(sigma: Tensor, x_t: Tensor) -> Tensor:
-    """Sigma `[B]` or `[B, T]` as `[B, T]`, fp32."""
-    return sigma.float() if sigma.ndim == 2 else sigma.float()[:, None].expand(-1, x_t.shape[2])

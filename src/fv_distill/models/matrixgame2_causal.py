@@ -7,6 +7,8 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from fv_distill.schedules import flow
+
 from .action_cache import ActionKVCache
 from .base import ModelBase
 from .causal_base import CausalModelBase
@@ -56,7 +58,7 @@ class CausalMatrixGame2Model(CausalModelBase, MatrixGame2Model):
             return self.run_network(latents, sigma.float(), conditioning, layout=self.layout)
         clean, levels = history
         frames = torch.cat([self.beside_first_frame(clean.to(x_t.dtype), conditioning), latents], dim=2)
-        sigmas = torch.cat([levels, self.per_frame(sigma, x_t)], dim=1)
+        sigmas = torch.cat([levels, flow.per_frame(sigma, x_t)], dim=1)
         return self.run_network(frames, sigmas, conditioning, layout=self.layout, num_history_frames=clean.shape[2])
 
     def predict_velocity_streaming(

@@ -7,6 +7,8 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from fv_distill.schedules import flow
+
 from .base import ModelBase
 from .causal_base import CausalModelBase
 from .conditioning import Conditioning
@@ -77,7 +79,7 @@ class CausalWanModel(CausalModelBase, WanModel):
             return self._velocity(x_t, sigma.float(), conditioning)
         clean, levels = history
         frames = torch.cat([clean.to(x_t.dtype), x_t], dim=2)
-        sigmas = torch.cat([levels, self.per_frame(sigma, x_t)], dim=1)
+        sigmas = torch.cat([levels, flow.per_frame(sigma, x_t)], dim=1)
         return self._velocity(frames, sigmas, conditioning, num_history_frames=clean.shape[2])
 
     def predict_velocity_streaming(

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fv_distill.schedules import flow
+
 from .conditioning import Conditioning, PreparedBatch
 from .pretrained import load_component_config, read_model_index, read_vae_factors
 from .wan import WanModel
@@ -140,8 +142,7 @@ class WanImageToVideoModel(WanModel):
         return self.run_network(latents, sigma, conditioning, **inputs)
 
     def _after_given_frame(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, image: Tensor) -> Tensor:
-        sigma = sigma.float()
-        per_frame = sigma if sigma.ndim == 2 else sigma[:, None].expand(-1, x_t.shape[2])
+        per_frame = flow.per_frame(sigma, x_t)
         later = torch.cat([torch.zeros_like(per_frame[:, :1]), per_frame[:, 1:]], dim=1)
         image = image.to(x_t.dtype)
         velocity = self.run_network(torch.cat([image, x_t[:, :, 1:]], dim=2), later, conditioning)
