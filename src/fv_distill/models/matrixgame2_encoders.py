@@ -12,6 +12,7 @@ from transformers import CLIPVisionModel
 
 from .conditioning import Conditioning
 from .encoders import Encoders
+from .wan_vae import encode_normalized, encode_pixels
 
 # CLIP's own (Radford et al. 2021); the published code scales with them.
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -60,22 +61,10 @@ def first_frame_conditions(vae: Any, image_encoder: Any, video: Tensor) -> dict[
         published code squeezes an image into CLIP's square, where diffusers' Wan pipeline crops it.
     """
     first = video[:, :, :1]
-    raw = encode_pixels(vae, torch.cat([2 * first - 1, torch.zeros_like(video[:, :, 1:])], dim=2))
-    mean, std = latent_statistics(vae, raw.device)
+    latents = encode_normalized(vae, torch.cat([2 * first - 1, torch.zeros_like(video[:, :, 1:])], dim=2))
     size = image_encoder.config.image_size
     small = interpolate(first[:, :, 0].float(), (size, size), mode="bicubic", align_corners=False)
     clip_mean, clip_std = (torch.tensor(of, device=small.device).view(1, 3, 1, 1) for of in (_CLIP_MEAN, _CLIP_STD))
     pixels = ((small - clip_mean) / clip_std).to(image_encoder.dtype)
     tokens = image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
-    return {"first_frame_latent": (raw - mean) / std, "clip_feature": tokens.float()}
-
-
-def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
-    """Raw latents, fp32, of pixels in [-1, 1]: the mode."""
-    return vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float()
-
-
-def latent_statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The VAE's mean and deviation of each channel, `[1, C, 1, 1, 1]`."""
-    mean, std = (torch.tensor(vae.config[f"latents_{name}"], device=device) for name in ("mean", "std"))
-    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+    return {"first_frame_latent": latents, "clip_feature": tokens.float()}
