@@ -144,7 +144,7 @@ def test_decoded_video_equals_the_pipelines(pipeline, model, noise):
     torch.testing.assert_close(video.transpose(1, 2), expected, atol=1e-5, rtol=0)
 
 
-def test_sizes_that_do_not_fit_are_refused(pipeline, noise):
+def test_sizes_that_do_not_fit_are_refused(pipeline):
     with pytest.raises(ValueError, match="height=40 must be a multiple of 16"):
         pipeline(PROMPT, height=40, width=32, num_frames=9)
     with pytest.raises(ValueError, match="num_frames=10 must be a multiple of 4, plus 1"):

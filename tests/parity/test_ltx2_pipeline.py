@@ -101,7 +101,7 @@ def test_latents_are_normalised_as_the_pipeline_does(pipeline, model):
     assert model.encoders().encode_video(video).shape == raw.shape
 
 
-def test_given_frames_are_at_timestep_zero(directory, model, noise):
+def test_given_frames_are_at_timestep_zero(model, noise):
     own = model.prompt_conditioning(PROMPT)
     given = Conditioning(own.text, own.text_mask, {"first_frame_latent": torch.ones(1, LATENT_CHANNELS, 1, 2, 2)})
     seen = {}
