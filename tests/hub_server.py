@@ -38,7 +38,6 @@ class Request:
 
     method: str
     path: str
-    authorization: str | None
     body: bytes
 
 
@@ -130,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        self.hub.requests.append(Request(self.command, path, self.headers.get("Authorization"), body))
+        self.hub.requests.append(Request(self.command, path, body))
         if fault is not None:
             self._answer(fault.status, {"error": fault.message})
             return

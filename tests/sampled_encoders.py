@@ -34,7 +34,6 @@ class SampledEncoders(Encoders):
 
     made: ClassVar[list["SampledEncoders"]] = []
     prompts: ClassVar[list[str]] = []
-    with_images = False
 
     def __init__(self, directory, **kwargs):
         super().__init__(directory, **kwargs)

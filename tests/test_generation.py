@@ -160,7 +160,7 @@ def test_a_causal_student_needs_no_stock_scheduler(tiny_wan, tiny_rows, tmp_path
     assert streamer.generate(PROMPT).shape == (9, 32, 32, 3)
 
 
-def test_mistakes_are_named(tiny_wan, export, streamer, tmp_path):
+def test_mistakes_are_named(tiny_wan, export, streamer):
     with pytest.raises(ValueError, match="no export of a causal student"):
         VideoStreamer.from_pretrained(tiny_wan)
     with pytest.raises(ValueError, match="num_inference_steps=7, but .* was distilled to 2 steps"):

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import (
-    AutoencoderKLWan,
     Cosmos2_5_PredictBasePipeline,
     Cosmos2VideoToWorldPipeline,
     CosmosTransformer3DModel,
@@ -14,10 +13,9 @@ from diffusers import (
 )
 from diffusers.models.transformers import transformer_cosmos
 from tiny_hunyuan import make_tiny_chat_tokenizer, make_tiny_tokenizer
-from tiny_models import WORDS
+from tiny_models import LATENT_CHANNELS, WORDS, make_tiny_vae
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, T5Config, T5EncoderModel
 
-LATENT_CHANNELS = 4
 # Two layers of width 16 side by side.
 TEXT_DIM = 32
 T5_DIM = 16
@@ -98,7 +96,7 @@ def make_tiny_cosmos_directory(path: Path, *, seed: int = 0) -> Path:
     Cosmos2_5_PredictBasePipeline(
         text_encoder=make_tiny_qwen(),
         tokenizer=make_tiny_chat_tokenizer(num_system_tokens=1),
-        vae=_vae(),
+        vae=make_tiny_vae(),
         scheduler=UniPCMultistepScheduler(
             use_karras_sigmas=True,
             use_flow_sigmas=True,
@@ -119,21 +117,9 @@ def make_tiny_cosmos2_directory(path: Path, *, seed: int = 0) -> Path:
     Cosmos2VideoToWorldPipeline(
         text_encoder=t5.eval(),
         tokenizer=make_tiny_tokenizer({}),
-        vae=_vae(),
+        vae=make_tiny_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
         transformer=make_tiny_cosmos_transformer(seed, use_crossattn_projection=False),
         safety_checker=PassingChecker(),
     ).save_pretrained(path)
     return path
-
-
-def _vae() -> AutoencoderKLWan:
-    return AutoencoderKLWan(
-        base_dim=4,
-        z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.5, 0.5, 2.0, 1.0],
-    )

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
-from tiny_models import LATENT_CHANNELS, TEXT_DIM, _text_encoder, _tokenizer
+from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny_models import LATENT_CHANNELS, TEXT_DIM, _text_encoder, _tokenizer, make_tiny_vae
 
 from fv_distill.models.pipelines import LongCatVideoPipeline
 from fv_distill.models.transformers import LongCatVideoTransformer3DModel
@@ -39,15 +39,7 @@ def make_tiny_network(seed: int = 0, **changes) -> LongCatVideoTransformer3DMode
 def make_tiny_longcat_directory(path: Path, *, published: bool = False, seed: int = 0) -> Path:
     """Save a pipeline directory, or with `published` the folders of meituan-longcat/LongCat-Video, without an index."""
     torch.manual_seed(seed)
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.5, 0.5, 2.0, 1.0],
-    )
+    vae = make_tiny_vae()
     pipeline = LongCatVideoPipeline(
         tokenizer=_tokenizer(),
         text_encoder=_text_encoder(),

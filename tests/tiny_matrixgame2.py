@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny_models import make_tiny_vae
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -61,16 +62,7 @@ def make_network(seed: int = 0, *, num_layers: int = 2, **action: Any) -> Matrix
 def make_directory(path: Path, *, seed: int = 0, **action: Any) -> Path:
     """Save VAE (temporal 4, spatial 8), image encoder, network and scheduler as one pipeline directory."""
     torch.manual_seed(seed)
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=CHANNELS,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.5, 0.5, 2.0, 1.0],
-    )
-    vae.save_pretrained(path / "vae")
+    make_tiny_vae().save_pretrained(path / "vae")
     encoder = CLIPVisionConfig(
         hidden_size=IMAGE_DIM,
         intermediate_size=16,

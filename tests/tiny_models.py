@@ -1,6 +1,7 @@
 """A complete Wan pipeline directory with random weights, small enough to be made in every test session."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
@@ -47,10 +48,9 @@ def make_tiny_transformer(seed: int = 0, *, num_layers: int = 2, width: int = 24
     )
 
 
-def make_tiny_wan_directory(path: Path, *, seed: int = 0) -> Path:
-    """Save tokenizer, text encoder, VAE (temporal 4, spatial 8), transformer and scheduler as one pipeline."""
-    torch.manual_seed(seed)
-    vae = AutoencoderKLWan(
+def make_tiny_vae(**options: Any) -> AutoencoderKLWan:
+    """Temporal 4, spatial 8."""
+    return AutoencoderKLWan(
         base_dim=4,
         z_dim=LATENT_CHANNELS,
         dim_mult=[1, 1, 1, 1],
@@ -58,7 +58,14 @@ def make_tiny_wan_directory(path: Path, *, seed: int = 0) -> Path:
         temperal_downsample=[False, True, True],
         latents_mean=[0.1, -0.2, 0.3, 0.0],
         latents_std=[1.5, 0.5, 2.0, 1.0],
+        **options,
     )
+
+
+def make_tiny_wan_directory(path: Path, *, seed: int = 0) -> Path:
+    """Save tokenizer, text encoder, VAE (temporal 4, spatial 8), transformer and scheduler as one pipeline."""
+    torch.manual_seed(seed)
+    vae = make_tiny_vae()
     pipeline = WanPipeline(
         tokenizer=_tokenizer(),
         text_encoder=_text_encoder(),

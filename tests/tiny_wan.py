@@ -11,7 +11,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from tiny_models import FLOW_SHIFT, LATENT_CHANNELS, TEXT_DIM, _text_encoder, _tokenizer
+from tiny_models import FLOW_SHIFT, LATENT_CHANNELS, TEXT_DIM, _text_encoder, _tokenizer, make_tiny_vae
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 IMAGE_DIM, IMAGE_TOKENS = 12, 5
@@ -99,13 +99,4 @@ def _parts(vae: AutoencoderKLWan | None = None) -> dict[str, Any]:
 
 def _vae(**options: Any) -> AutoencoderKLWan:
     torch.manual_seed(5)
-    return AutoencoderKLWan(
-        base_dim=4,
-        z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.5, 0.5, 2.0, 1.0],
-        **options,
-    )
+    return make_tiny_vae(**options)

@@ -61,6 +61,20 @@ def test_a_pipeline_that_is_not_the_students_is_refused(tmp_path, tiny_wan, imag
         ValidationCallback(str(path))._check_images(trainer)
 
 
+@pytest.mark.parametrize(
+    ("name", "target"), [("LongCatVideoPipeline", PIPELINE), ("MatrixGame2Pipeline", "diffusers.WanPipeline")]
+)
+def test_the_librarys_own_pipeline_is_advised_where_diffusers_has_none(tmp_path, image, name, target):
+    """What is advised can be set: it is found and shows the student what it looks at."""
+    path = str(write(tmp_path / "prompts.json", [{"caption": "a", "image": str(image)}]))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    trainer = SimpleNamespace(models={"student": SimpleNamespace(directory=tmp_path, pipeline_config={})})
+    with pytest.raises(ValueError, match=f"set it to fv_distill.models.pipelines.{name}$") as error:
+        ValidationCallback(path, pipeline_target=target)._check_images(trainer)
+    advised = str(error.value).rsplit(" ", 1)[-1]
+    ValidationCallback(path, pipeline_target=advised)._check_images(trainer)
+
+
 def test_a_first_frame_is_cut_in_the_middle(tmp_path):
     """Scaled as a whole it would be squeezed, which no training clip is."""
     pixels = np.zeros((20, 60, 3), dtype=np.uint8)

@@ -4,34 +4,21 @@ Their networks have what Wan's hasn't: layers that compute in float32 whatever t
 clips that are run one by one, and branches that are frozen inside blocks that are trained.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from parallel_launch import CHECKPOINTING, DDP, FSDP2, GLOBAL_BATCH, SGD, Run, launch
 from tiny_hunyuan import POOLED_DIM
 from tiny_kandinsky5 import make_tiny_kandinsky5_directory, make_tiny_kandinsky5_i2v_directory
 from tiny_longcat import make_tiny_longcat_directory
 from tiny_ltx2 import make_tiny_ltx2_directory
 from tiny_models import TEXT_DIM, TEXT_LENGTH
-from tiny_runs import checkpoint, dmd2_config, largest_difference, metrics, train, write_config
+from tiny_runs import checkpoint, dmd2_config, largest_difference, metrics, train
 
 from fv_distill.data import write_rows
 from fv_distill.export import load_role_weights
 
 pytestmark = pytest.mark.slow
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs/accelerate"
-RUNNER = Path(__file__).with_name("parallel_runs.py")
-GLOBAL_BATCH = 4
-CHECKPOINTING = {"training.model.gradient_checkpointing": True}
-# SGD: Adam divides by the gradient's size and would blow rounding up where that is nearly zero.
-SGD = {"_target_": "torch.optim.SGD", "learning_rate": 0.05, "betas": None, "eps": None, "weight_decay": 0.0}
 FAMILIES = {
     "longcat": (make_tiny_longcat_directory, {"_target_": "fv_distill.models.LongCatVideoModel"}, (4, 3, 4, 4)),
     "kandinsky5": (make_tiny_kandinsky5_directory, {"_target_": "fv_distill.models.Kandinsky5Model"}, (4, 3, 4, 4)),
@@ -46,17 +33,16 @@ FAMILIES = {
         (4, 3, 2, 2),
     ),
 }
-# Family, file of configs/accelerate, and what differs.
 EQUAL = {
-    "longcat-ddp": ("longcat", "cpu_2proc", {}),
-    "longcat-fsdp2": ("longcat", "cpu_2proc_fsdp2", CHECKPOINTING),
-    "kandinsky5-ddp": ("kandinsky5", "cpu_2proc", {}),
-    "kandinsky5-fsdp2": ("kandinsky5", "cpu_2proc_fsdp2", CHECKPOINTING),
-    "kandinsky5_i2v-fsdp2": ("kandinsky5_i2v", "cpu_2proc_fsdp2", CHECKPOINTING),
-    "ltx2-ddp": ("ltx2", "cpu_2proc", {}),
-    "ltx2-fsdp2": ("ltx2", "cpu_2proc_fsdp2", CHECKPOINTING),
+    "longcat-ddp": Run("longcat", DDP),
+    "longcat-fsdp2": Run("longcat", FSDP2, CHECKPOINTING),
+    "kandinsky5-ddp": Run("kandinsky5", DDP),
+    "kandinsky5-fsdp2": Run("kandinsky5", FSDP2, CHECKPOINTING),
+    "kandinsky5_i2v-fsdp2": Run("kandinsky5_i2v", FSDP2, CHECKPOINTING),
+    "ltx2-ddp": Run("ltx2", DDP),
+    "ltx2-fsdp2": Run("ltx2", FSDP2, CHECKPOINTING),
 }
-CLOSE = {"longcat-fsdp2-bf16": ("longcat", "fsdp2_8gpu", CHECKPOINTING)}
+CLOSE = {"longcat-fsdp2-bf16": Run("longcat", "fsdp2_8gpu", CHECKPOINTING)}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +72,7 @@ def configs(folder):
         for role in config["models"].values():
             role |= options
         config["method"]["fake_score_learning_rate"] = 0.05
-        config["training"]["optimizer"] = dict(SGD)
+        config["training"]["optimizer"] = {**SGD, "learning_rate": 0.05}
         config["training"]["loop"]["max_train_steps"] = 2
         config["training"]["checkpoint"]["every_steps"] = 0
     made["longcat"]["models"]["student"]["condition_frames"] = 1
@@ -96,21 +82,7 @@ def configs(folder):
 @pytest.fixture(scope="module")
 def found(configs, folder):
     """All runs, by one launch of two processes."""
-    specs = []
-    for name, (family, mode, overrides) in {**EQUAL, **CLOSE}.items():
-        words = ["--config_file", str(CONFIGS / f"{mode}.yaml"), "script.py"]
-        args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
-        environment = {k: v for k, v in prepare_multi_gpu_env(args).items() if k.startswith(("ACCELERATE_", "FSDP_"))}
-        path = write_config(configs[family], folder / f"{name}.yaml")
-        size = {"training.data.train_batch_size": GLOBAL_BATCH // 2, "training.output_dir": str(folder / name)}
-        specs.append({"name": name, "config": str(path), "overrides": size | overrides, "environment": environment})
-    (folder / "runs.json").write_text(json.dumps(specs))
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    command = [sys.executable, "-m", *launcher, str(RUNNER), str(folder / "runs.json"), str(folder / "found.json")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-4000:]
-    return json.loads((folder / "found.json").read_text())
+    return launch(2, EQUAL | CLOSE, configs, folder)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +98,7 @@ def alone(configs, folder):
 @pytest.mark.parametrize("name", EQUAL)
 def test_two_processes_make_the_run_of_one(name, found, alone, folder):
     assert "error" not in found[name], found[name]
-    reference = alone[EQUAL[name][0]]
+    reference = alone[EQUAL[name].method]
     for line, expected in zip(metrics(folder / name), metrics(reference), strict=True):
         assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
     for role in ("student", "critic", "ema"):

@@ -23,10 +23,6 @@ DIGITS = Path(__file__).parents[2] / "examples/digits"
 PAIRS = ("latent_mse", "latent_psnr", "latent_ssim", "pixel_mse", "psnr", "ssim")
 
 
-def rows_by_name(evaluation) -> dict:
-    return {row.name: row for row in evaluation.rows}
-
-
 @pytest.fixture(scope="module")
 def report(tiny_wan, student, tmp_path_factory):
     """A student that has its teacher's weights, two prompts, two clips of each."""

@@ -190,7 +190,7 @@ def test_no_data(fails, run, tmp_path):
     assert "nowhere" in fails(*run, "--training.data.data_path", tmp_path / "nowhere")
 
 
-def test_another_methods_config(fails, run, tiny_wan, tiny_rows, tmp_path):
+def test_another_methods_config(fails, run):
     other = {"train_dmd2.py": "train_finetune.py", "train_finetune.py": "train_dmd2.py"}[run[0]]
     assert "but this script trains" in fails(other, *run[1:])
 

@@ -111,7 +111,7 @@ def test_unknown_roles_are_listed(checkpoint, tmp_path):
             convert(checkpoint, tmp_path / "out", role=role)
 
 
-def test_without_averaged_weights_the_latest_are_taken_and_it_is_said(checkpoint, tiny_wan, tmp_path, capsys):
+def test_without_averaged_weights_the_latest_are_taken_and_it_is_said(checkpoint, tmp_path, capsys):
     change_metadata(checkpoint, models=["student", "critic"])
     directory = convert(checkpoint, tmp_path / "out")
     assert_weights(load_file(directory / "transformer/diffusion_pytorch_model.safetensors"), 10)

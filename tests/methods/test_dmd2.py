@@ -87,7 +87,7 @@ def test_student_gradients_equal_the_written_out_equation(models, batch, step):
         torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_every_exit_step_is_drawn(models):
+def test_every_exit_step_is_drawn():
     assert {SampleRng(0, step, [0]).shared_integer("student/exit", 4) for step in range(1, 9)} == {0, 1, 2, 3}
 
 

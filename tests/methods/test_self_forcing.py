@@ -190,7 +190,7 @@ def test_frames_before_start_gradient_frame_get_none(models, long_batch):
 # Random numbers and calls
 
 
-def test_the_exit_step_is_shared_by_ranks_and_varies_over_steps(models, long_batch):
+def test_the_exit_step_is_shared_by_ranks_and_varies_over_steps(models):
     method = make_method(models)
     drawn = [method._exit_steps(SampleRng(0, step, [0, 1]), "student", 3) for step in range(1, 12)]
     elsewhere = [method._exit_steps(SampleRng(0, step, [8, 9]), "student", 3) for step in range(1, 12)]

@@ -189,7 +189,7 @@ def test_guidance_is_called_otherwise_by_the_pipelines(directory):
     assert model.sampling_arguments(8.0) == {"guidance_scale": 7.0}
 
 
-def test_a_few_step_predict2_can_not_be_sampled_by_its_pipeline(directory, predict2, rows, tmp_path):
+def test_a_few_step_predict2_can_not_be_sampled_by_its_pipeline(directory, predict2):
     assert few_step_scheduler_for(directory, (1.0, 0.5)).config.shift_terminal == 0.5
     with pytest.raises(ValueError, match="is a Cosmos2VideoToWorldPipeline, which samples at EDM's noise levels"):
         few_step_scheduler_for(predict2, (1.0, 0.5))

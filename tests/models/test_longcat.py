@@ -133,7 +133,7 @@ def test_shapes_that_do_not_fit_are_explained(model, shape, message):
         model.check_text((3, 7))
 
 
-def test_a_repository_of_another_network_is_no_model(tmp_path, published):
+def test_a_repository_of_another_network_is_no_model(tmp_path):
     (tmp_path / "dit").mkdir()
     (tmp_path / "dit/config.json").write_text('{"_class_name": "SomethingElse"}')
     with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):

@@ -65,7 +65,7 @@ def test_with_clean_history_a_frame_sees_its_own_chunk_and_earlier_clean_ones(lo
         assert frames_that_reach(velocity, clean, frame) == list(range(start))
 
 
-def test_a_window_limits_one_blocks_sight(tiny_wan, load):
+def test_a_window_limits_one_blocks_sight(tiny_wan):
     """One block: with more, what lies before the window still arrives through the frames inside it."""
     network = CausalWanTransformer3DModel(**make_tiny_transformer(num_layers=1).config)
     model = CausalWanModel(network, directory=tiny_wan, chunk_size=1, local_window=2, sink_frames=1, flow_shift=3.0)

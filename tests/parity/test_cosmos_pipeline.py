@@ -1,10 +1,11 @@
 """One denoising step of diffusers' Cosmos pipelines, Predict2.5 and Predict2, against the adapter's."""
 
-from itertools import pairwise
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import Cosmos2_5_PredictBasePipeline, Cosmos2VideoToWorldPipeline, FlowMatchEulerDiscreteScheduler
+from euler import euler
 from tiny_cosmos import (
     LATENT_CHANNELS,
     PassingChecker,
@@ -14,7 +15,6 @@ from tiny_cosmos import (
 from tiny_models import TEXT_LENGTH
 
 from fv_distill.models import CosmosModel
-from fv_distill.schedules import flow
 
 PROMPT, NEGATIVE = "a handwritten digit moving left", "bad"
 
@@ -68,19 +68,10 @@ def run_pipeline(pipeline, noise, *, guidance_scale=1.0, steps=1, output_type="l
         ).frames
 
 
-@torch.no_grad()
 def run_adapter(model, sigmas, noise, *, scale, extras=None):
-    """Euler steps over the given sigmas."""
-    positive, negative = model.prompt_conditioning(PROMPT), model.negative_conditioning()
-    if extras is not None:
-        positive, negative = (type(text)(text.text, text.text_mask, extras) for text in (positive, negative))
-    x_t = noise
-    for sigma, following in pairwise(sigmas):
-        velocity = model.predict_velocity(x_t, sigma[None], positive)
-        if scale != 1:
-            velocity = flow.guide(velocity, model.predict_velocity(x_t, sigma[None], negative), scale)
-        x_t = x_t + (following - sigma) * velocity
-    return x_t
+    texts = model.prompt_conditioning(PROMPT), model.negative_conditioning()
+    positive, negative = (replace(text, extras=extras or {}) for text in texts)
+    return euler(model, noise, sigmas, positive, negative, scale=scale)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
 from diffusers.image_processor import VaeImageProcessor
+from euler import euler
 from tiny_hunyuan import (
     FLOW_SHIFT,
     LATENT_CHANNELS,
@@ -15,7 +16,6 @@ from tiny_hunyuan import (
 from tiny_models import TEXT_LENGTH
 
 from fv_distill.models import HunyuanVideo15Model
-from fv_distill.schedules import flow
 
 PROMPT, NEGATIVE, WITH_GLYPHS = "a handwritten digit moving left", "bad", 'the digit "3" moving left'
 
@@ -59,20 +59,10 @@ def run_pipeline(pipeline, noise, *, prompt=PROMPT, scale=1.0, steps=1, output_t
         ).frames
 
 
-@torch.no_grad()
 def run_adapter(model, pipeline, noise, *, scale, prompt=PROMPT, extras=None):
-    """Euler steps over the pipeline's own sigmas."""
-    positive, negative = (
-        replace(text, extras={**text.extras, **(extras or {})})
-        for text in (model.prompt_conditioning(prompt), model.negative_conditioning())
-    )
-    x_t = noise
-    for sigma, following in zip(pipeline.scheduler.sigmas, pipeline.scheduler.sigmas[1:], strict=False):
-        velocity = model.predict_velocity(x_t, sigma[None], positive)
-        if scale != 1:
-            velocity = flow.guide(velocity, model.predict_velocity(x_t, sigma[None], negative), scale)
-        x_t = x_t + (following - sigma) * velocity
-    return x_t
+    texts = model.prompt_conditioning(prompt), model.negative_conditioning()
+    positive, negative = (replace(text, extras={**text.extras, **(extras or {})}) for text in texts)
+    return euler(model, noise, pipeline.scheduler.sigmas, positive, negative, scale=scale)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])

@@ -7,6 +7,7 @@ of 0 for the picture that pass is what it samples with.
 import pytest
 import torch
 from diffusers import LTX2Pipeline
+from euler import euler
 from tiny_ltx2 import LATENT_CHANNELS, TEXT_DIM, make_tiny_ltx2_directory
 from tiny_models import TEXT_LENGTH
 
@@ -55,15 +56,6 @@ def statistics(pipeline):
     return pipeline.vae.latents_mean, pipeline.vae.latents_std, pipeline.vae.config.scaling_factor
 
 
-@torch.no_grad()
-def run_adapter(model, pipeline, noise):
-    """Euler steps over the pipeline's own sigmas."""
-    x_t, conditioning = noise, model.prompt_conditioning(PROMPT)
-    for sigma, following in zip(pipeline.scheduler.sigmas, pipeline.scheduler.sigmas[1:], strict=False):
-        x_t = x_t + (following - sigma) * model.predict_velocity(x_t, sigma[None], conditioning)
-    return x_t
-
-
 @pytest.fixture
 def noise():
     return torch.randn(1, LATENT_CHANNELS, 3, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -74,7 +66,8 @@ def test_denoising_equals_the_pipelines(pipeline, model, noise, steps):
     options = model.sampling_arguments(1.0)
     expected = run_pipeline(pipeline, noise, options, steps=steps)
     assert (expected - noise).abs().max() > 1e-2
-    torch.testing.assert_close(run_adapter(model, pipeline, noise), expected, atol=1e-5, rtol=0)
+    actual = euler(model, noise, pipeline.scheduler.sigmas, model.prompt_conditioning(PROMPT))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     # Beside the sound, the picture is another one.
     beside = {**options, "modality_scale": 1.0, "audio_modality_scale": 1.0}
     assert (run_pipeline(pipeline, noise, beside, steps=steps) - expected).abs().max() > 1e-4
@@ -101,7 +94,7 @@ def test_latents_are_normalised_as_the_pipeline_does(pipeline, model):
     assert model.encoders().encode_video(video).shape == raw.shape
 
 
-def test_given_frames_are_at_timestep_zero(directory, model, noise):
+def test_given_frames_are_at_timestep_zero(model, noise):
     own = model.prompt_conditioning(PROMPT)
     given = Conditioning(own.text, own.text_mask, {"first_frame_latent": torch.ones(1, LATENT_CHANNELS, 1, 2, 2)})
     seen = {}

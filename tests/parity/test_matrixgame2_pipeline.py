@@ -1,16 +1,14 @@
 """The denoising of MatrixGame2Pipeline, the adapter, and the published sampling written out, against each other."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from euler import euler
 from tiny_matrixgame2 import CHANNELS, LATENT_SHAPE, conditions, make_directory
 
 from fv_distill.export import few_step_scheduler
 from fv_distill.models import Conditioning, MatrixGame2Model
 from fv_distill.models.pipelines import MatrixGame2Pipeline
-from fv_distill.schedules import flow
 from fv_distill.schedules.few_step import few_step_sigmas
 
 
@@ -56,13 +54,7 @@ def test_denoising_equals_the_adapters(pipeline, model, steps, guidance_scale):
     even = [1 - step / steps for step in range(steps)]
     sigmas = [5 * sigma / (1 + 4 * sigma) for sigma in even] + [0.0]
     still = given(model, **{name: torch.zeros_like(value) for name, value in ACTIONS.items()})
-    x_t = NOISE
-    for sigma, following in pairwise(sigmas):
-        level = torch.tensor([sigma])
-        velocity = model.predict_velocity(x_t, level, given(model))
-        if guidance_scale != 1:
-            velocity = flow.guide(velocity, model.predict_velocity(x_t, level, still), guidance_scale)
-        x_t = x_t + (following - sigma) * velocity
+    x_t = euler(model, NOISE, torch.tensor(sigmas), given(model), still, scale=guidance_scale)
     torch.testing.assert_close(expected, x_t, atol=1e-5, rtol=0)
     assert (expected - NOISE).abs().max() > 1e-2
 

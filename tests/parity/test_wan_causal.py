@@ -119,7 +119,7 @@ def test_history_may_be_noisy(load, conditioning, x_t, clean):
 
 @torch.no_grad()
 @pytest.mark.parametrize("sigma_shape", ["scalar", "per-frame"])
-def test_the_time_embedding_is_diffusers_bit_for_bit(bidirectional, load, sigma_shape):
+def test_the_time_embedding_is_diffusers_bit_for_bit(load, sigma_shape):
     """In bf16, where an embedding computed in that type would be far off."""
     sigma = torch.tensor([0.3171, 0.8139])
     if sigma_shape == "per-frame":

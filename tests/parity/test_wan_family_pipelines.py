@@ -170,7 +170,7 @@ def test_ti2v_makes_videos_of_text_alone_as_the_pipeline_does(directories, noise
 
 
 @pytest.mark.parametrize("name", ["wan21_i2v", "wan22_i2v", "ti2v"])
-def test_a_decoded_clip_equals_the_pipelines(directories, image, noise, name):
+def test_a_decoded_clip_equals_the_pipelines(directories, noise, name):
     """Decoding and its normalisation are the base class's; the VAE of TI2V 5B folds patches besides."""
     options = {"expert": "high"} if name == "wan22_i2v" else {}
     model = load(WanImageToVideoModel, directories[name], name, **options)

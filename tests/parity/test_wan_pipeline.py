@@ -3,10 +3,10 @@
 import pytest
 import torch
 from diffusers import WanPipeline
+from euler import euler
 from tiny_models import LATENT_CHANNELS, TEXT_LENGTH
 
 from fv_distill.models import WanModel
-from fv_distill.schedules import flow
 
 PROMPT, NEGATIVE = "a handwritten digit moving left", "bad digit"
 
@@ -44,24 +44,12 @@ def run_pipeline(pipeline, noise, *, guidance_scale, steps, output_type="latent"
         ).frames
 
 
-@torch.no_grad()
-def run_adapter(model, pipeline, noise, *, guidance_scale):
-    """Euler steps over the pipeline's own sigmas."""
-    positive, negative = model.prompt_conditioning(PROMPT), model.negative_conditioning()
-    x_t = noise
-    for sigma, following in zip(pipeline.scheduler.sigmas, pipeline.scheduler.sigmas[1:], strict=False):
-        velocity = model.predict_velocity(x_t, sigma[None], positive)
-        if guidance_scale != 1:
-            velocity = flow.guide(velocity, model.predict_velocity(x_t, sigma[None], negative), guidance_scale)
-        x_t = x_t + (following - sigma) * velocity
-    return x_t
-
-
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_denoising_equals_the_pipelines(pipeline, model, noise, guidance_scale, steps):
     expected = run_pipeline(pipeline, noise, guidance_scale=guidance_scale, steps=steps)
-    actual = run_adapter(model, pipeline, noise, guidance_scale=guidance_scale)
+    positive, negative = model.prompt_conditioning(PROMPT), model.negative_conditioning()
+    actual = euler(model, noise, pipeline.scheduler.sigmas, positive, negative, scale=guidance_scale)
     assert (expected - noise).abs().max() > 1e-2
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 

@@ -43,6 +43,13 @@ def test_sigma_per_frame_touches_only_its_frame(path):
     assert torch.equal(x_t[1], x0[1]) and torch.equal(x_t[0, :, :2], x0[0, :, :2])
 
 
+def test_one_sigma_is_that_of_every_frame(path):
+    x0, _ = path
+    expected = torch.tensor([[0.2] * 4, [0.9] * 4])
+    for sigma in (torch.tensor([0.2, 0.9]), expected):
+        assert torch.equal(flow.per_frame(sigma, x0), expected)
+
+
 def test_wrong_sigma_shape_names_both_shapes(path):
     with pytest.raises(ValueError, match=r"\(3,\).*\(2, 3, 4, 5, 6\)"):
         flow.add_noise(*path, torch.rand(3))

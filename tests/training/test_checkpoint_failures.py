@@ -157,7 +157,7 @@ def test_an_output_directory_that_can_not_be_written_is_found_at_the_start(confi
         train_with(config, tmp_path, **{"training.output_dir": str(tmp_path / "file" / "run")})
 
 
-def test_a_full_disk_is_found_at_the_start(config, tmp_path, monkeypatch):
+def test_a_full_disk_is_found_at_the_start(config, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -166,7 +166,7 @@ def test_a_full_disk_is_found_at_the_start(config, tmp_path, monkeypatch):
         train(config)
 
 
-def test_the_check_leaves_nothing(config, tmp_path):
+def test_the_check_leaves_nothing(config):
     output_dir = train(config, {"training.loop.max_train_steps": 1})
     assert sorted(path.name for path in output_dir.iterdir()) == [
         "checkpoints",

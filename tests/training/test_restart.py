@@ -19,7 +19,7 @@ def config(tiny_wan, tiny_rows, tmp_path):
 
 
 @pytest.fixture
-def begun(config, tmp_path):
+def begun(config):
     """A run that ended after a step, before its first checkpoint."""
     output_dir = train(config, AUTO | {"training.loop.max_train_steps": 1})
     written = (output_dir / "resolved_config.yaml").read_text()

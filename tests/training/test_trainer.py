@@ -234,7 +234,7 @@ def test_it_says_so_when_there_is_no_checkpoint(finetune, monkeypatch):
 # The output directory
 
 
-def test_another_runs_directory_is_refused(finetune, tmp_path):
+def test_another_runs_directory_is_refused(finetune):
     output_dir = train(finetune, {"training.loop.max_train_steps": 1})
     before = metric_lines(output_dir)
     with pytest.raises(FileExistsError, match="holds another run .*checkpoints.*--overwrite"):

@@ -47,7 +47,7 @@ def paths_directory(config):
     return Path(config["method"]["teacher_path_cache"])
 
 
-def test_a_path_is_the_teacher_s_own(config, load, tiny_wan, tiny_rows):
+def test_a_path_is_the_teacher_s_own(load, tiny_wan, tiny_rows):
     """Row 7 is the second path of the data's row 1: own noise, its row's text, guidance with the negative prompt."""
     directory = run_make_trajectories(load())
     rows = ParquetDataset(directory)
@@ -124,7 +124,7 @@ def test_all_states_may_be_kept(load):
     torch.testing.assert_close(row["trajectory_timesteps"], 1000 * torch.tensor(levels))
 
 
-def test_text_only_rows_take_the_latent_shape_of_the_config(config, load, tmp_path):
+def test_text_only_rows_take_the_latent_shape_of_the_config(load, tmp_path):
     from fv_distill.data import write_rows
 
     rows = [{"caption": "a digit", "text_embedding": torch.randn(3, 16)} for _ in range(2)]

@@ -42,7 +42,7 @@ def prompts(tmp_path_factory):
     return path
 
 
-def sample(directory, prompts, name, **call):
+def sample(directory, prompts, **call):
     """By whatever pipeline the export names."""
     pipeline = DiffusionPipeline.from_pretrained(directory)
     pipeline.set_progress_bar_config(disable=True)
@@ -93,7 +93,7 @@ def test_dmd2_trains_resumes_exports_and_samples(directories, clips, prompts, tm
     assert_same_state(checkpoint(whole, 2), checkpoint(resumed, 2), num_networks=3, num_optimizers=2)
 
     exported = convert(checkpoint(whole, 2), tmp_path / "student")
-    pipeline, frames = sample(exported, prompts, name)
+    pipeline, frames = sample(exported, prompts)
     assert frames.shape == (1, 9, size_of(name), size_of(name), 3)
     assert type(pipeline).__name__ == ("WanImageToVideoPipeline" if takes_image else "WanPipeline")
     trained = "transformer_2" if model.get("expert") == "low" else "transformer"

@@ -20,6 +20,7 @@ from fv_distill.console import console
 from fv_distill.export.call_arguments import (
     needs_image,
     pipeline_of,
+    pipeline_target_of,
     takes_image,
     training_call_arguments,
     training_clip_size,
@@ -205,9 +206,10 @@ class ValidationCallback(Callback):
         student = trainer.models["student"]
         own = pipeline_of(student.directory, student.pipeline_config)
         if own is not None and needs_image(own) != needs_image(self.pipeline_class):
+            target = pipeline_target_of(student.directory, student.pipeline_config)
             raise ValueError(
                 f"callbacks.validation.pipeline_target: {self.pipeline_class.__name__} is not how a "
-                f"{type(student).__name__} is sampled; set it to diffusers.{own.__name__}"
+                f"{type(student).__name__} is sampled; set it to {target}"
             )
 
     def _takes(self, key: str) -> bool:

@@ -54,10 +54,6 @@ class Way:
     kind: Literal["pipeline", "stream", "real"] = "pipeline"
     even_steps: bool = False
 
-    def to_json(self) -> dict[str, Any]:
-        """As the settings of its clips."""
-        return {**asdict(self), "directory": str(self.directory.resolve())}
-
 
 def read_info(directory: Path) -> dict[str, Any]:
     """What an export of this library says of itself; nothing for other directories."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fv_distill.models.conditioning import ACTION_COLUMNS
-from fv_distill.models.pipeline_index import find_pipeline, read_index
+from fv_distill.models.pipeline_index import find_pipeline, own_pipeline, read_index
 from fv_distill.models.pretrained import read_vae_factors
 
 
@@ -64,3 +64,9 @@ def takes_image(kind: Any) -> bool:
 def pipeline_of(directory: Path, pipeline_config: Mapping[str, Any] | None = None) -> Any:
     """The class that a directory names, or `pipeline_config` in its stead; None if it is not known here."""
     return find_pipeline({**read_index(directory), **(pipeline_config or {})}["_class_name"])
+
+
+def pipeline_target_of(directory: Path, pipeline_config: Mapping[str, Any] | None = None) -> str | None:
+    """The dotted path of that class, in this library or in diffusers."""
+    kind = pipeline_of(directory, pipeline_config)
+    return None if kind is None else own_pipeline(directory, pipeline_config) or f"diffusers.{kind.__name__}"

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,16 @@ class CausalModelBase(ModelBase):
         sink_frames: first latent frames that every chunk sees, also beyond its window.
         kwargs: see `ModelBase`.
 
+    Attributes:
+        cache_class: what it streams over.
+        network_config: of the network, which tells layers, heads and patches as Wan's does.
+
     Raises:
         ValueError: for sizes that make no chunks.
     """
+
+    cache_class: ClassVar[type[KVCache]] = KVCache
+    network_config: Any
 
     def __init__(
         self,
@@ -43,6 +50,15 @@ class CausalModelBase(ModelBase):
         self.chunk_size = chunk_size
         self.local_window = local_window
         self.sink_frames = sink_frames
+        # Stock pipelines call the network without an adapter, in validation for instance: it knows its chunks itself.
+        cast(Any, transformer).layout = self.layout
+
+    @classmethod
+    def on_base(cls, base: ModelBase, **kwargs: Any) -> Self:
+        """See `ModelBase.on_base`; the other roles, and whoever knows of none, still see whole clips."""
+        model = super().on_base(base, **kwargs)
+        cast(Any, base.transformer).layout = ChunkLayout()
+        return model
 
     # What a family defines
 
@@ -96,23 +112,6 @@ class CausalModelBase(ModelBase):
 
         Raises:
             ValueError: for a chunk of another size, in another place, or that the cache can't serve.
-        """
-
-    @abstractmethod
-    def new_cache(
-        self, batch_size: int, latent_shape: Sequence[int], *, rolling: bool = False, dtype: torch.dtype | None = None
-    ) -> KVCache:
-        """An empty cache for clips of latents `[C, T, H, W]`, on the network's device.
-
-        Args:
-            batch_size: the number of clips.
-            latent_shape: of each of them.
-            rolling: keep only what the coming chunk can see, sinks and window, however long the clip; for generation
-                without gradients.
-            dtype: of what is stored; None is what the network computes in.
-
-        Raises:
-            ValueError: for a rolling cache without a window, or latents that don't fit the network.
         """
 
     @abstractmethod
@@ -204,13 +203,45 @@ class CausalModelBase(ModelBase):
             history_sigma = torch.zeros(x_t.shape[0], device=x_t.device)
         # No chunk sees the last one's clean copy.
         length = x_t.shape[2] - self.chunk_size
-        return clean_history[:, :, :length], self.per_frame(history_sigma, x_t)[:, :length]
+        return clean_history[:, :, :length], flow.per_frame(history_sigma, x_t)[:, :length]
 
-    @staticmethod
-    def per_frame(sigma: Tensor, x_t: Tensor) -> Tensor:
-        """Sigma `[B]` or `[B, T]` as `[B, T]`, fp32."""
-        sigma = sigma.float()
-        return sigma if sigma.ndim == 2 else sigma[:, None].expand(-1, x_t.shape[2])
+    def new_cache(
+        self, batch_size: int, latent_shape: Sequence[int], *, rolling: bool = False, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        """An empty cache for clips of latents `[C, T, H, W]`, on the network's device.
+
+        Args:
+            batch_size: the number of clips.
+            latent_shape: of each of them.
+            rolling: keep only what the coming chunk can see, sinks and window, however long the clip; for generation
+                without gradients.
+            dtype: of what is stored; None is what the network computes in.
+
+        Raises:
+            ValueError: for a rolling cache without a window, or latents that don't fit the network.
+        """
+        return self.cache_class(
+            **self.cache_sizes(batch_size, latent_shape, rolling=rolling),
+            # No frame of so short a clip sees its last one, which need not be kept as a sink.
+            sink_frames=min(self.sink_frames, latent_shape[1] - 1),
+            local_window=self.local_window,
+            device=self.device,
+            dtype=dtype or self.compute_dtype,
+        )
+
+    def cache_sizes(self, batch_size: int, latent_shape: Sequence[int], *, rolling: bool = False) -> dict[str, Any]:
+        """What `cache_class` and its `required_bytes` want to know of a clip; see `new_cache`."""
+        self.check_latent_shape(latent_shape)
+        _, _, height, width = latent_shape
+        config = self.network_config
+        return {
+            "num_layers": config.num_layers,
+            "batch_size": batch_size,
+            "num_heads": config.num_attention_heads,
+            "head_dim": config.attention_head_dim,
+            "tokens_per_frame": (height // config.patch_size[1]) * (width // config.patch_size[2]),
+            "capacity_frames": self.cache_frames(latent_shape[1], rolling=rolling),
+        }
 
     def cache_frames(self, num_frames: int, *, rolling: bool) -> int:
         """How many latent frames a cache has to hold for a clip of so many; see `new_cache`.

@@ -1,13 +1,15 @@
 """Clips whose first latent frames are given clean: what a network sees there, and the velocity that leads there."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .conditioning import Conditioning
+from fv_distill.schedules import flow
+
+from .conditioning import Conditioning, PreparedBatch
 
 COLUMN = "first_frame_latent"
 """The data column of normalised latents `[C, k, H, W]`, as FastVideo's preprocessing writes it."""
@@ -15,8 +17,8 @@ COLUMN = "first_frame_latent"
 # The column of a teacher's sampling paths `[steps, C, T, H, W]`, normalised, whose last state is a clip.
 _PATHS = "trajectory_latents"
 
-# Below it the way to a given frame is no longer divided by sigma: x_t is that frame up to a thousandth of noise.
-_SMALLEST_SIGMA = 1e-3
+# Below it the way to a given frame is no longer divided by sigma: x_t is that frame up to float32's rounding.
+_SMALLEST_SIGMA = 1e-6
 
 
 def check_condition_frames(count: int, num_frames: int | None = None) -> int:
@@ -34,10 +36,15 @@ def check_condition_frames(count: int, num_frames: int | None = None) -> int:
     return count
 
 
+def hold_clips(columns: Container[str]) -> bool:
+    """Whether rows of these columns hold clips, or sampling paths that lead to some."""
+    return "vae_latent" in columns or _PATHS in columns
+
+
 def check_clean_column(shapes: Mapping[str, Sequence[int]], latent_shape: Sequence[int], count: int) -> None:
     """Raise a `ValueError` if rows, here their tensors' shapes by column, don't have what `give_frames` takes."""
     channels, _, height, width = latent_shape
-    if count == 0 or "vae_latent" in shapes or _PATHS in shapes:
+    if count == 0 or hold_clips(shapes):
         return
     if tuple(shapes.get(COLUMN, ())) != (channels, count, height, width):
         raise ValueError(
@@ -78,21 +85,25 @@ def give_frames(
     return replace(conditioning, extras={**extras, COLUMN: frames})
 
 
-def put_in_place(x_t: Tensor, sigma: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-    """Given frames `[B, C, k, H, W]` in the place of `x_t`'s first, and sigma as `[B, T]`, fp32, 0 there."""
-    levels = per_frame(sigma, x_t)
+def begin_with_given(prepared: PreparedBatch) -> PreparedBatch:
+    """Clips whose first frames are the given ones, where these were encoded by themselves: no loss counts them."""
+    given = prepared.conditioning.extras[COLUMN].float()
+    return replace(prepared, latents=torch.cat([given, prepared.latents[:, :, given.shape[2] :]], dim=2))
+
+
+def put_in_place(x_t: Tensor, sigma: Tensor, given: Tensor, *, level: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Given frames `[B, C, k, H, W]` in the place of `x_t`'s first, and sigma as `[B, T]`, fp32, `level` there."""
+    levels = flow.per_frame(sigma, x_t)
     count = given.shape[2]
-    levels = torch.cat([torch.zeros_like(levels[:, :count]), levels[:, count:]], dim=1)
+    levels = torch.cat([torch.full_like(levels[:, :count], level), levels[:, count:]], dim=1)
     return torch.cat([given.to(x_t.dtype), x_t[:, :, count:]], dim=2), levels
 
 
 def lead_to(given: Tensor, x_t: Tensor, sigma: Tensor, velocity: Tensor) -> Tensor:
     """A network's velocity with `(x_t - given) / sigma` for the given frames, so that x0 is what was given."""
     count = given.shape[2]
-    scale = per_frame(sigma, x_t)[:, None, :count, None, None].clamp(min=_SMALLEST_SIGMA)
-    return torch.cat([(x_t[:, :, :count].float() - given.float()) / scale, velocity[:, :, count:]], dim=2)
-
-
-def per_frame(sigma: Tensor, x_t: Tensor) -> Tensor:
-    """Sigma `[B]` or `[B, T]` as `[B, T]`, fp32."""
-    return sigma.float() if sigma.ndim == 2 else sigma.float()[:, None].expand(-1, x_t.shape[2])
+    levels = flow.per_frame(sigma, x_t)[:, None, :count, None, None]
+    difference = x_t[:, :, :count].float() - given.float()
+    # At sigma 0 there is no way left to go.
+    known = torch.where(levels > 0, difference / levels.clamp(min=_SMALLEST_SIGMA), 0.0)
+    return torch.cat([known, velocity[:, :, count:]], dim=2)

@@ -9,8 +9,10 @@ from diffusers import CosmosTransformer3DModel
 from diffusers.models.transformers import transformer_cosmos
 from torch import Tensor, nn
 
+from fv_distill.schedules import flow
+
+from . import clean_frames
 from .base import ModelBase
-from .clean_frames import COLUMN, check_clean_column, give_frames
 from .conditioning import Conditioning
 from .cosmos_encoders import PIPELINES, CosmosEncoders
 from .latent_checks import check_clip_shape
@@ -70,10 +72,8 @@ class CosmosModel(ModelBase):
     def _set_options(self, *, fps: float | None, condition_frames: int, prompt_embeddings: str | None) -> None:
         if fps is not None and fps <= 0:
             raise ValueError(f"fps={fps:g} must be positive")
-        if condition_frames < 0:
-            raise ValueError(f"condition_frames={condition_frames} must not be negative; 0 is Text2World")
         self.fps = fps if fps is not None or self.pads_before_encoding else 16.0
-        self.condition_frames = self.fixed_given_frames = condition_frames
+        self.condition_frames = self.fixed_given_frames = clean_frames.check_condition_frames(condition_frames)
         self.given_prompts = {} if prompt_embeddings is None else read_prompt_file(prompt_embeddings)
 
     @classmethod
@@ -100,23 +100,24 @@ class CosmosModel(ModelBase):
         """See `ModelBase.predict_velocity`; at given frames it is the one that leads to them."""
         assert conditioning.text is not None, "Cosmos has no network without text; see required_channels"
         batch, _, frames, height, width = x_t.shape
-        levels = sigma.float().view(batch, 1, -1, 1, 1).expand(batch, 1, frames, 1, 1)
-        given, clean = torch.zeros_like(levels, dtype=torch.bool), torch.zeros_like(x_t, dtype=torch.float32)
+        latents, levels = x_t, flow.per_frame(sigma, x_t)
+        mask = torch.zeros(batch, 1, frames, height, width, dtype=self.dtype, device=x_t.device)
         # Without them (`cfg_uncond.image: drop`) the network generates all frames.
-        if COLUMN in conditioning.extras and self.condition_frames:
-            given[:, :, : self.condition_frames] = True
-            clean[:, :, : self.condition_frames] = conditioning.extras[COLUMN]
+        given = conditioning.extras.get(clean_frames.COLUMN) if self.condition_frames else None
+        if given is not None:
+            latents, levels = clean_frames.put_in_place(x_t, sigma, given, level=_CONDITION_SIGMA)
+            mask[:, :, : self.condition_frames] = 1
         (velocity,) = self.call_network(
-            hidden_states=torch.where(given, clean, x_t).to(self.dtype),
-            timestep=torch.where(given, _CONDITION_SIGMA, levels),
+            hidden_states=latents.to(self.dtype),
+            timestep=levels[:, None, :, None, None],
             encoder_hidden_states=conditioning.text.to(self.dtype),
             fps=self.fps,
-            condition_mask=given.expand(-1, -1, -1, height, width).to(self.dtype),
+            condition_mask=mask,
             padding_mask=torch.zeros(1, 1, height, width, dtype=self.dtype, device=x_t.device),
             return_dict=False,
         )
-        known = (x_t.float() - clean) / levels.clamp(min=1e-6)
-        return torch.where(given, known, velocity.float())
+        velocity = velocity.float()
+        return velocity if given is None else clean_frames.lead_to(given, x_t, sigma, velocity)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See `ModelBase.encode_prompts`; embeddings that were given are not made again."""
@@ -173,11 +174,7 @@ class CosmosModel(ModelBase):
             num_frames=num_frames,
             directory=self.directory,
         )
-        if shape[1] <= self.condition_frames:
-            raise ValueError(
-                f"models.<role>.condition_frames={self.condition_frames} leaves nothing to generate of {shape[1]} "
-                "latent frames"
-            )
+        clean_frames.check_condition_frames(self.condition_frames, shape[1])
 
     def check_text(self, shape: Sequence[int]) -> None:
         """See `ModelBase.check_text`; Predict2.5's has no padding that could be put on later."""
@@ -197,7 +194,8 @@ class CosmosModel(ModelBase):
     def check_conditions(self, shapes: Mapping[str, Sequence[int]], latent_shape: Sequence[int]) -> None:
         """See `ModelBase.check_conditions`."""
         super().check_conditions(shapes, latent_shape)
-        check_clean_column(shapes, latent_shape, self.condition_frames)
+        clean_frames.check_clean_column(shapes, latent_shape, self.condition_frames)
 
     def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
-        return give_frames(super()._conditioning(batch), batch, self.condition_frames, self.normalize_latents)
+        conditioning = super()._conditioning(batch)
+        return clean_frames.give_frames(conditioning, batch, self.condition_frames, self.normalize_latents)

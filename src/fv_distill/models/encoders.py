@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,16 @@ def vae_without_weights(kind: Any, directory: Path) -> Any:
     """A directory's VAE on the meta device, for pipelines that can't be made without one and only read its config."""
     with torch.device("meta"):
         return kind.from_config(kind.load_config(directory, subfolder="vae"))
+
+
+def encode_zero_padded(
+    pipeline: Any, prompts: Sequence[str], *, text_length: int, device: torch.device
+) -> Conditioning:
+    """Text of a pipeline that pads with zeros and gives no mask, in which an encoded token is never exactly zero."""
+    text, _ = pipeline.encode_prompt(
+        list(prompts), do_classifier_free_guidance=False, max_sequence_length=text_length, device=device
+    )
+    return Conditioning(text.float(), text.abs().sum(dim=-1) > 0)
 
 
 class Encoders(ABC):
@@ -35,14 +46,13 @@ class Encoders(ABC):
             embeddings then belong to clips (`encode_clip_captions`), and `encode_prompts` is for what an unconditional
             pass reads.
         image_tokens: how many of a text's tokens are an image's, at most.
-        vae: the diffusers autoencoder; families make it a cached property.
+        vae_class: the diffusers class of the VAE.
     """
 
     reads_text: ClassVar[bool] = True
     text_reads_image: ClassVar[bool] = False
     image_tokens: ClassVar[int] = 0
-
-    vae: Any
+    vae_class: ClassVar[Any]
 
     def __init__(self, directory: Path, *, device: torch.device, dtype: torch.dtype, text_length: int) -> None:
         self.check_text_length(text_length)
@@ -65,6 +75,11 @@ class Encoders(ABC):
                 f"image's; set it to {cls.image_tokens + 256} for prompts of up to 256 tokens"
             )
 
+    @cached_property
+    def vae(self) -> Any:
+        """The diffusers autoencoder."""
+        return self.vae_class.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(self.device)
+
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Text conditioning `[len(prompts), text_length, D]`, fp32 and zero at padding; see `Conditioning`."""
@@ -76,16 +91,20 @@ class Encoders(ABC):
         """
         return self.encode_prompts(captions)
 
-    @abstractmethod
+    @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
         """Video `[B, 3, F, H, W]` in [0, 1] to raw VAE latents `[B, C, T, h, w]`: the distribution's mode, fp32.
 
         Raw is what data sets store; `ModelBase.normalize_latents` makes of it what the network is trained on.
         """
+        pixels = 2 * video.to(self.device, self.vae.dtype) - 1
+        return self.vae.encode(pixels).latent_dist.mode().float()
 
-    @abstractmethod
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Raw VAE latents to video `[B, 3, F, H, W]` in [0, 1], fp32."""
+        video = self.vae.decode(latents.to(self.device, self.vae.dtype), return_dict=False)[0]
+        return (video.float() / 2 + 0.5).clamp(0, 1)
 
     def tile_vae(self, *, enabled: bool) -> None:
         """Encode and decode in overlapping tiles, one clip at a time, which takes less memory; or in one piece."""

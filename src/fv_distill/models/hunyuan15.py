@@ -12,7 +12,7 @@ from .base import ModelBase
 from .clean_frames import COLUMN, check_clean_column, give_frames
 from .conditioning import Conditioning
 from .hunyuan15_encoders import IMAGE_PIPELINE, PIPELINES, HunyuanVideo15Encoders
-from .latent_checks import check_clip_shape
+from .latent_checks import check_clip_shape, check_text_width
 from .pretrained import load_component_config, read_pipeline_class, read_vae_factors
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -135,11 +135,7 @@ class HunyuanVideo15Model(ModelBase):
 
     def check_text(self, shape: Sequence[int]) -> None:
         """See `ModelBase.check_text`."""
-        if shape[-1] != self.network_config.text_embed_dim:
-            raise ValueError(
-                f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, whose text_embed_dim is "
-                f"{self.network_config.text_embed_dim}; encode the captions with this model's own text encoders"
-            )
+        check_text_width(shape, self.network_config.text_embed_dim, key="text_embed_dim", directory=self.directory)
 
     def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
         return give_frames(super()._conditioning(batch), batch, int(self.sees_an_image), self.normalize_latents)

@@ -27,6 +27,8 @@ class HunyuanVideo15Encoders(Encoders):
     An image is its latents and SigLIP's tokens of it, `clip_feature`.
     """
 
+    vae_class = AutoencoderKLHunyuanVideo15
+
     @cached_property
     def text_pipeline(self) -> Any:
         """The directory's pipeline with nothing but its encoders, of text and, for image-to-video, of images."""
@@ -41,12 +43,6 @@ class HunyuanVideo15Encoders(Encoders):
         pipeline.tokenizer_max_length = self.text_length
         return pipeline
 
-    @cached_property
-    def vae(self) -> Any:
-        """The `AutoencoderKLHunyuanVideo15`."""
-        kind = AutoencoderKLHunyuanVideo15
-        return kind.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(self.device)
-
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See `Encoders.encode_prompts`; template, cropping and the choice of a hidden layer are the pipeline's own."""
@@ -60,8 +56,8 @@ class HunyuanVideo15Encoders(Encoders):
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
         """See `Encoders.encode_video`; one clip at a time, as this VAE's attention mask has no batch."""
-        pixels = 2 * video.to(self.device, self.vae.dtype) - 1
-        return torch.cat([self.vae.encode(clip).latent_dist.mode() for clip in pixels.split(1)]).float()
+        encode = super().encode_video
+        return torch.cat([encode(clip) for clip in video.split(1)])
 
     @torch.no_grad()
     def encode_images(self, video: Tensor) -> dict[str, Tensor]:
@@ -80,6 +76,5 @@ class HunyuanVideo15Encoders(Encoders):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """See `Encoders.decode`."""
-        latents = latents.to(self.device, self.vae.dtype)
-        video = torch.cat([self.vae.decode(clip, return_dict=False)[0] for clip in latents.split(1)])
-        return (video.float() / 2 + 0.5).clamp(0, 1)
+        decode = super().decode
+        return torch.cat([decode(clip) for clip in latents.split(1)])

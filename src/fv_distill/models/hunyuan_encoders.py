@@ -34,6 +34,8 @@ def _num_image_tokens(interleave: int) -> int:
 class HunyuanVideoEncoders(Encoders):
     """See `Encoders`; LLaMA's tokens are the text, CLIP's pooled vector is `pooled_text_embedding`."""
 
+    vae_class = AutoencoderKLHunyuanVideo
+
     @cached_property
     def text_pipeline(self) -> Any:
         """A `HunyuanVideoPipeline` of nothing but its two text encoders and their tokenizers."""
@@ -41,12 +43,6 @@ class HunyuanVideoEncoders(Encoders):
         pipeline.text_encoder.to(self.device)
         pipeline.text_encoder_2.to(self.device)
         return pipeline
-
-    @cached_property
-    def vae(self) -> Any:
-        """The `AutoencoderKLHunyuanVideo`."""
-        kind = AutoencoderKLHunyuanVideo
-        return kind.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(self.device)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -56,18 +52,6 @@ class HunyuanVideoEncoders(Encoders):
         )
         mask = mask.bool()
         return Conditioning(text.float() * mask[..., None], mask, {"pooled_text_embedding": pooled.float()})
-
-    @torch.no_grad()
-    def encode_video(self, video: Tensor) -> Tensor:
-        """See `Encoders.encode_video`."""
-        pixels = 2 * video.to(self.device, self.vae.dtype) - 1
-        return self.vae.encode(pixels).latent_dist.mode().float()
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `Encoders.decode`."""
-        video = self.vae.decode(latents.to(self.device, self.vae.dtype), return_dict=False)[0]
-        return (video.float() / 2 + 0.5).clamp(0, 1)
 
 
 class HunyuanVideoImageEncoders(HunyuanVideoEncoders):

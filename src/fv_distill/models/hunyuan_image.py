@@ -1,14 +1,13 @@
 """HunyuanVideo image-to-video over diffusers' `HunyuanVideoTransformer3DModel`, in both forms that were published."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .clean_frames import COLUMN, lead_to, put_in_place
+from .clean_frames import COLUMN, begin_with_given, lead_to, put_in_place
 from .conditioning import Conditioning, PreparedBatch
 from .hunyuan import HunyuanVideoModel
 from .hunyuan_encoders import HunyuanVideoImageEncoders
@@ -79,10 +78,7 @@ class HunyuanVideoImageToVideoModel(HunyuanVideoModel):
     ) -> PreparedBatch:
         """See `ModelBase.prepare_batch`; `token_replace`'s clips begin with what is given: no loss counts it."""
         prepared = super().prepare_batch(batch, latents_source=latents_source)
-        if not self.replaces_tokens or latents_source == "zeros":
-            return prepared
-        image = prepared.conditioning.extras[COLUMN].float()
-        return replace(prepared, latents=torch.cat([image, prepared.latents[:, :, 1:]], dim=2))
+        return begin_with_given(prepared) if self.replaces_tokens and latents_source == "data" else prepared
 
     def condition_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """See `ModelBase.condition_shapes`."""

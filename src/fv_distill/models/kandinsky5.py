@@ -1,7 +1,6 @@
 """Kandinsky 5, text-to-video and image-to-video, over diffusers' `Kandinsky5Transformer3DModel`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -135,10 +134,9 @@ class Kandinsky5Model(ModelBase):
     ) -> PreparedBatch:
         """See `ModelBase.prepare_batch`; a clip begins with what is given, so that nothing is to be learnt there."""
         prepared = super().prepare_batch(batch, latents_source=latents_source)
-        given = prepared.conditioning.extras.get(clean_frames.COLUMN)
-        if given is None or latents_source == "zeros":
+        if clean_frames.COLUMN not in prepared.conditioning.extras or latents_source == "zeros":
             return prepared
-        return replace(prepared, latents=torch.cat([given, prepared.latents[:, :, given.shape[2] :]], dim=2))
+        return clean_frames.begin_with_given(prepared)
 
     def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
         conditioning = super()._conditioning(batch)

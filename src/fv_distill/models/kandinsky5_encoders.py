@@ -31,6 +31,8 @@ class Kandinsky5Encoders(Encoders):
     An image is its latents alone; the text encoder doesn't see it.
     """
 
+    vae_class = AutoencoderKLHunyuanVideo
+
     @classmethod
     def fewest_frames(cls, directory: Path) -> int:
         """See `Encoders.fewest_frames`."""
@@ -46,12 +48,6 @@ class Kandinsky5Encoders(Encoders):
         pipeline.text_encoder_2.to(self.device)
         return pipeline
 
-    @cached_property
-    def vae(self) -> Any:
-        """The `AutoencoderKLHunyuanVideo`."""
-        kind = AutoencoderKLHunyuanVideo
-        return kind.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(self.device)
-
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See `Encoders.encode_prompts`; cleaning, template and cropping are the pipeline's own."""
@@ -65,12 +61,6 @@ class Kandinsky5Encoders(Encoders):
         return Conditioning(padded * mask[..., None], mask, {"pooled_text_embedding": pooled.float()})
 
     @torch.no_grad()
-    def encode_video(self, video: Tensor) -> Tensor:
-        """See `Encoders.encode_video`."""
-        pixels = 2 * video.to(self.device, self.vae.dtype) - 1
-        return self.vae.encode(pixels).latent_dist.mode().float()
-
-    @torch.no_grad()
     def encode_images(self, video: Tensor) -> dict[str, Tensor]:
         """See `Encoders.encode_images`: of the first frames alone, which this VAE makes other latents of than of clips.
 
@@ -81,9 +71,3 @@ class Kandinsky5Encoders(Encoders):
             return {}
         mean, std = (value.to(self.device) for value in read_latent_statistics(self.directory))
         return {COLUMN: (self.encode_video(video[:, :, :1]) - mean) / std}
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `Encoders.decode`."""
-        video = self.vae.decode(latents.to(self.device, self.vae.dtype), return_dict=False)[0]
-        return (video.float() / 2 + 0.5).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Whether a clip's latents fit a network and a VAE, in one message for every family."""
+"""Whether a clip's latents and text fit a network and a VAE, in one message for every family."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,4 +42,13 @@ def check_clip_shape(
         raise ValueError(
             f"a clip of {num_frames} frames can't have {shown[1]} latent frames: this VAE turns {temporal_factor}k+1 "
             f"frames into k+1, so {shown[1]} latent frames are {frames} frames; re-encode the clip"
+        )
+
+
+def check_text_width(shape: Sequence[int], width: int, *, key: str, directory: Path) -> None:
+    """Raise a `ValueError` unless text embeddings `[L, D]` have the width that the network's config has as `key`."""
+    if shape[-1] != width:
+        raise ValueError(
+            f"text embeddings of shape {tuple(shape)} don't fit {directory}, whose {key} is {width}; encode the "
+            "captions with this model's own text encoder"
         )

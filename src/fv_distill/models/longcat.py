@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import clean_frames
 from .base import ModelBase
 from .conditioning import Conditioning
-from .latent_checks import check_clip_shape
+from .latent_checks import check_clip_shape, check_text_width
 from .longcat_encoders import LongCatEncoders
 from .pretrained import read_vae_factors
 from .transformers.longcat import LongCatVideoTransformer3DModel
@@ -98,8 +98,4 @@ class LongCatVideoModel(ModelBase):
 
     def check_text(self, shape: Sequence[int]) -> None:
         """See `ModelBase.check_text`."""
-        if shape[-1] != self.network_config.caption_channels:
-            raise ValueError(
-                f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, whose caption_channels is "
-                f"{self.network_config.caption_channels}; encode the captions with this model's own text encoder"
-            )
+        check_text_width(shape, self.network_config.caption_channels, key="caption_channels", directory=self.directory)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from .conditioning import Conditioning
@@ -16,6 +15,8 @@ from .encoders import Encoders
 
 class LongCatEncoders(Encoders):
     """See `Encoders`; each part is loaded by itself, since the published repository is no pipeline directory."""
+
+    vae_class = AutoencoderKLWan
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -28,27 +29,10 @@ class LongCatEncoders(Encoders):
         encoder: Any = UMT5EncoderModel.from_pretrained(self.directory, subfolder="text_encoder", dtype=self.dtype)
         return encoder.to(self.device)
 
-    @cached_property
-    def vae(self) -> Any:
-        """The `AutoencoderKLWan`."""
-        return AutoencoderKLWan.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(self.device)
-
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See `Encoders.encode_prompts`."""
         return encode_text(self.tokenizer, self.text_encoder, prompts, text_length=self.text_length, device=self.device)
-
-    @torch.no_grad()
-    def encode_video(self, video: Tensor) -> Tensor:
-        """See `Encoders.encode_video`."""
-        pixels = 2 * video.to(self.device, self.vae.dtype) - 1
-        return self.vae.encode(pixels).latent_dist.mode().float()
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `Encoders.decode`."""
-        video = self.vae.decode(latents.to(self.device, self.vae.dtype), return_dict=False)[0]
-        return (video.float() / 2 + 0.5).clamp(0, 1)
 
 
 def encode_text(

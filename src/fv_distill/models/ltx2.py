@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Self, cast
 from diffusers import LTX2VideoTransformer3DModel
 from torch import Tensor, nn
 
+from fv_distill.schedules import flow
+
 from . import clean_frames
 from .base import ModelBase
 from .conditioning import Conditioning
@@ -95,7 +97,7 @@ class LTX2VideoModel(ModelBase):
         assert sigma.ndim == 1, "one noise level per clip; see takes_sigma_per_frame"
         given = conditioning.extras.get(clean_frames.COLUMN)
         if given is None:
-            return self._velocity(x_t, clean_frames.per_frame(sigma, x_t), sigma, conditioning)
+            return self._velocity(x_t, flow.per_frame(sigma, x_t), sigma, conditioning)
         frames, levels = clean_frames.put_in_place(x_t, sigma, given)
         return clean_frames.lead_to(given, x_t, sigma, self._velocity(frames, levels, sigma, conditioning))
 

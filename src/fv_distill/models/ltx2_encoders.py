@@ -18,6 +18,8 @@ from .pretrained import load_component_config
 class LTX2Encoders(Encoders):
     """See `Encoders`; the text is what the connectors make of Gemma's layers, with registers in place of padding."""
 
+    vae_class = AutoencoderKLLTX2Video
+
     @cached_property
     def text_pipeline(self) -> Any:
         """An `LTX2Pipeline` of nothing but the text encoder, its tokenizer and the connectors."""
@@ -26,12 +28,6 @@ class LTX2Encoders(Encoders):
         pipeline.text_encoder.to(self.device)
         pipeline.connectors.to(self.device)
         return pipeline
-
-    @cached_property
-    def vae(self) -> Any:
-        """The `AutoencoderKLLTX2Video`."""
-        kind = AutoencoderKLLTX2Video
-        return kind.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(self.device)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -45,18 +41,6 @@ class LTX2Encoders(Encoders):
         )
         text, _, mask = pipeline.connectors(states, mask, padding_side=pipeline.tokenizer.padding_side)
         return Conditioning(text.float(), mask.bool())
-
-    @torch.no_grad()
-    def encode_video(self, video: Tensor) -> Tensor:
-        """See `Encoders.encode_video`."""
-        pixels = 2 * video.to(self.device, self.vae.dtype) - 1
-        return self.vae.encode(pixels).latent_dist.mode().float()
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `Encoders.decode`."""
-        video = self.vae.decode(latents.to(self.device, self.vae.dtype), None, return_dict=False)[0]
-        return (video.float() / 2 + 0.5).clamp(0, 1)
 
 
 def read_statistics(directory: Path) -> tuple[Tensor, Tensor]:

@@ -1,22 +1,19 @@
 """Causal Matrix-Game 2: chunks of latent frames that follow the actions, streamed over an `ActionKVCache`."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fv_distill.schedules import flow
 
 from .action_cache import ActionKVCache
-from .base import ModelBase
 from .causal_base import CausalModelBase
 from .conditioning import Conditioning
 from .kv_cache import KVCache
 from .matrixgame2 import MatrixGame2Model
-from .matrixgame2_encoders import MatrixGame2Encoders
-from .transformers.block_causal import ChunkLayout
-from .transformers.matrixgame2 import MatrixGame2Transformer3DModel
-from .wan_streaming_decode import WanStreamingDecoder
+from .wan_streaming_decode import streaming_decoder
 
 
 class CausalMatrixGame2Model(CausalModelBase, MatrixGame2Model):
@@ -28,17 +25,7 @@ class CausalMatrixGame2Model(CausalModelBase, MatrixGame2Model):
     The arguments are those of `CausalModelBase`; use `CausalMatrixGame2Model.from_pretrained` for a directory.
     """
 
-    def __init__(self, transformer: nn.Module, *, directory: str | Path, **kwargs: Any) -> None:
-        super().__init__(transformer, directory=directory, **kwargs)
-        # Who calls the network without an adapter sees what the student sees: it knows its chunks itself.
-        cast(MatrixGame2Transformer3DModel, transformer).layout = self.layout
-
-    @classmethod
-    def on_base(cls, base: ModelBase, **kwargs: Any) -> Self:
-        """See `ModelBase.on_base`; the other roles still see whole clips."""
-        model = super().on_base(base, **kwargs)
-        cast(MatrixGame2Transformer3DModel, base.transformer).layout = ChunkLayout()
-        return model
+    cache_class = ActionKVCache
 
     def predict_velocity(
         self,
@@ -56,7 +43,7 @@ class CausalMatrixGame2Model(CausalModelBase, MatrixGame2Model):
             return self.run_network(latents, sigma.float(), conditioning, layout=self.layout)
         clean, levels = history
         frames = torch.cat([self.beside_first_frame(clean.to(x_t.dtype), conditioning), latents], dim=2)
-        sigmas = torch.cat([levels, self.per_frame(sigma, x_t)], dim=1)
+        sigmas = torch.cat([levels, flow.per_frame(sigma, x_t)], dim=1)
         return self.run_network(frames, sigmas, conditioning, layout=self.layout, num_history_frames=clean.shape[2])
 
     def predict_velocity_streaming(
@@ -78,31 +65,11 @@ class CausalMatrixGame2Model(CausalModelBase, MatrixGame2Model):
             latents, sigma.float(), conditioning, cache=cache, start_frame=start_frame, store_kv=store_kv
         )
 
-    def new_cache(
-        self, batch_size: int, latent_shape: Sequence[int], *, rolling: bool = False, dtype: torch.dtype | None = None
-    ) -> KVCache:
-        """See `CausalModelBase.new_cache`."""
-        return ActionKVCache(
-            **self.cache_sizes(batch_size, latent_shape, rolling=rolling),
-            # No frame of so short a clip sees its last one, which need not be kept as a sink.
-            sink_frames=min(self.sink_frames, latent_shape[1] - 1),
-            local_window=self.local_window,
-            device=self.device,
-            dtype=dtype or self.compute_dtype,
-        )
-
     def cache_sizes(self, batch_size: int, latent_shape: Sequence[int], *, rolling: bool = False) -> dict[str, Any]:
-        """What `ActionKVCache` and `ActionKVCache.required_bytes` want to know of a clip; see `new_cache`."""
-        self.check_latent_shape(latent_shape)
-        _, _, height, width = latent_shape
-        config, actions = self.network_config, self.actions
+        """See `CausalModelBase.cache_sizes`; with those of the actions."""
+        actions = self.actions
         return {
-            "num_layers": config.num_layers,
-            "batch_size": batch_size,
-            "num_heads": config.num_attention_heads,
-            "head_dim": config.attention_head_dim,
-            "tokens_per_frame": (height // config.patch_size[1]) * (width // config.patch_size[2]),
-            "capacity_frames": self.cache_frames(latent_shape[1], rolling=rolling),
+            **super().cache_sizes(batch_size, latent_shape, rolling=rolling),
             "action_layers": actions.blocks,
             "mouse": actions.enable_mouse,
             "keyboard": actions.enable_keyboard,
@@ -112,6 +79,4 @@ class CausalMatrixGame2Model(CausalModelBase, MatrixGame2Model):
 
     def streaming_decoder(self) -> Callable[[Tensor], Tensor]:
         """See `CausalModelBase.streaming_decoder`."""
-        vae = cast(MatrixGame2Encoders, self.encoders()).vae
-        decoder = WanStreamingDecoder(vae)
-        return lambda chunk: (decoder(self.raw_latents(chunk).to(vae.dtype)).float() / 2 + 0.5).clamp(0, 1)
+        return streaming_decoder(self)

@@ -12,6 +12,7 @@ from transformers import CLIPVisionModel
 
 from .conditioning import Conditioning
 from .encoders import Encoders
+from .wan_vae import encode_normalized, encode_pixels
 
 # CLIP's own (Radford et al. 2021); the published code scales with them.
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -22,11 +23,7 @@ class MatrixGame2Encoders(Encoders):
     """See `Encoders`; there is no text encoder."""
 
     reads_text = False
-
-    @cached_property
-    def vae(self) -> Any:
-        """The `AutoencoderKLWan`."""
-        return AutoencoderKLWan.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(self.device)
+    vae_class = AutoencoderKLWan
 
     @cached_property
     def image_encoder(self) -> Any:
@@ -41,21 +38,12 @@ class MatrixGame2Encoders(Encoders):
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
         """See `Encoders.encode_video`."""
-        return self._encode(2 * video - 1)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `Encoders.decode`."""
-        video = self.vae.decode(latents.to(self.device, self.vae.dtype), return_dict=False)[0]
-        return (video.float() / 2 + 0.5).clamp(0, 1)
+        return encode_pixels(self.vae, (2 * video - 1).to(self.device))
 
     @torch.no_grad()
     def encode_images(self, video: Tensor) -> dict[str, Tensor]:
         """See `Encoders.encode_images`: what the first frame says, for a clip as long as the video."""
         return first_frame_conditions(self.vae, self.image_encoder, video.to(self.device))
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        return encode_pixels(self.vae, pixels.to(self.device))
 
 
 @torch.no_grad()
@@ -73,22 +61,10 @@ def first_frame_conditions(vae: Any, image_encoder: Any, video: Tensor) -> dict[
         published code squeezes an image into CLIP's square, where diffusers' Wan pipeline crops it.
     """
     first = video[:, :, :1]
-    raw = encode_pixels(vae, torch.cat([2 * first - 1, torch.zeros_like(video[:, :, 1:])], dim=2))
-    mean, std = latent_statistics(vae, raw.device)
+    latents = encode_normalized(vae, torch.cat([2 * first - 1, torch.zeros_like(video[:, :, 1:])], dim=2))
     size = image_encoder.config.image_size
     small = interpolate(first[:, :, 0].float(), (size, size), mode="bicubic", align_corners=False)
     clip_mean, clip_std = (torch.tensor(of, device=small.device).view(1, 3, 1, 1) for of in (_CLIP_MEAN, _CLIP_STD))
     pixels = ((small - clip_mean) / clip_std).to(image_encoder.dtype)
     tokens = image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
-    return {"first_frame_latent": (raw - mean) / std, "clip_feature": tokens.float()}
-
-
-def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
-    """Raw latents, fp32, of pixels in [-1, 1]: the mode."""
-    return vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float()
-
-
-def latent_statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The VAE's mean and deviation of each channel, `[1, C, 1, 1, 1]`."""
-    mean, std = (torch.tensor(vae.config[f"latents_{name}"], device=device) for name in ("mean", "std"))
-    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+    return {"first_frame_latent": latents, "clip_feature": tokens.float()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .base import ModelBase
 from .conditioning import Conditioning
+from .latent_checks import check_clip_shape, check_text_width
 from .pretrained import load_network, read_flow_shift, read_vae_factors, resolve_directory
 from .wan_encoders import WanEncoders
 from .wan_two_experts import Expert, choose_expert
@@ -170,28 +171,14 @@ class WanModel(ModelBase):
 
     def check_latent_shape(self, shape: Sequence[int], *, num_frames: int | None = None) -> None:
         """See `ModelBase.check_latent_shape`: channels, patch divisibility and 4k + 1 frames."""
-        shown = tuple(shape)
-        if len(shown) != 4:
-            raise ValueError(f"latents have shape {shown}; expected [C, T, H, W]")
-        channels, frames, height, width = shown
-        if channels != self.network_config.out_channels:
-            raise ValueError(
-                f"latents {shown} have {channels} channels but {self.directory} takes "
-                f"{self.network_config.out_channels}; encode the data with this model's own VAE"
-            )
-        for name, size, patch in zip(
-            ("T", "H", "W"), (frames, height, width), self.network_config.patch_size, strict=True
-        ):
-            if size < patch or size % patch:
-                raise ValueError(
-                    f"latents {shown}: {name}={size} does not divide by the patch size {patch}; crop the data"
-                )
-        factor = self.temporal_factor
-        if num_frames is not None and num_frames != (frames - 1) * factor + 1:
-            raise ValueError(
-                f"a clip of {num_frames} frames can't have {frames} latent frames: this VAE turns {factor}k+1 frames "
-                f"into k+1, so {frames} latent frames are {(frames - 1) * factor + 1} frames; re-encode the clip"
-            )
+        check_clip_shape(
+            shape,
+            channels=self.network_config.out_channels,
+            patch_size=self.network_config.patch_size,
+            temporal_factor=self.temporal_factor,
+            num_frames=num_frames,
+            directory=self.directory,
+        )
 
     def check_context_parallel(self, degree: int, latent_shape: Sequence[int]) -> None:
         """See `ModelBase.check_context_parallel`: the processes get equal shares of heads and of tokens."""
@@ -207,8 +194,4 @@ class WanModel(ModelBase):
 
     def check_text(self, shape: Sequence[int]) -> None:
         """See `ModelBase.check_text`."""
-        if shape[-1] != self.network_config.text_dim:
-            raise ValueError(
-                f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, whose text_dim is "
-                f"{self.network_config.text_dim}; encode the captions with this model's own text encoder"
-            )
+        check_text_width(shape, self.network_config.text_dim, key="text_dim", directory=self.directory)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 
 from .conditioning import Conditioning
-from .encoders import Encoders
+from .encoders import Encoders, encode_zero_padded
 from .pretrained import load_component_config, read_latent_statistics, read_model_index
 
 # What no encoder needs of any Wan pipeline; a name that a directory doesn't have is ignored.
@@ -20,6 +20,8 @@ _NETWORKS = ("transformer", "transformer_2")
 
 class WanEncoders(Encoders):
     """See `Encoders`; Wan's text is padded with zeros."""
+
+    vae_class = AutoencoderKLWan
 
     @cached_property
     def text_pipeline(self) -> Any:
@@ -30,31 +32,10 @@ class WanEncoders(Encoders):
         pipeline.text_encoder.to(self.device)
         return pipeline
 
-    @cached_property
-    def vae(self) -> Any:
-        """The `AutoencoderKLWan`."""
-        return AutoencoderKLWan.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(self.device)
-
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See `Encoders.encode_prompts`; cleaning, tokenising and padding are `WanPipeline`'s own."""
-        text, _ = self.text_pipeline.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.device
-        )
-        # The pipeline pads with zeros and gives no mask; an encoded token is never exactly zero.
-        return Conditioning(text.float(), text.abs().sum(dim=-1) > 0)
-
-    @torch.no_grad()
-    def encode_video(self, video: Tensor) -> Tensor:
-        """See `Encoders.encode_video`."""
-        pixels = 2 * video.to(self.device, self.vae.dtype) - 1
-        return self.vae.encode(pixels).latent_dist.mode().float()
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `Encoders.decode`."""
-        video = self.vae.decode(latents.to(self.device, self.vae.dtype), return_dict=False)[0]
-        return (video.float() / 2 + 0.5).clamp(0, 1)
+        return encode_zero_padded(self.text_pipeline, prompts, text_length=self.text_length, device=self.device)
 
 
 class WanImageEncoders(WanEncoders):

@@ -6,12 +6,14 @@ writes it (fastvideo/pipelines/preprocess/preprocess_pipeline_i2v.py) and its tr
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .conditioning import Conditioning, PreparedBatch
+from . import clean_frames
+from .clean_frames import COLUMN
+from .conditioning import Conditioning
 from .pretrained import load_component_config, read_model_index, read_vae_factors
 from .wan import WanModel
 from .wan_encoders import WanImageEncoders
@@ -19,11 +21,7 @@ from .wan_encoders import WanImageEncoders
 # diffusers' `WanAttnProcessor` takes what is left of this many tokens of text for the image's.
 _TEXT_TOKENS = 512
 
-_FIRST_FRAME, _CLIP = "first_frame_latent", "clip_feature"
-# The column of a teacher's sampling paths, whose last state is a clip.
-_PATHS = "trajectory_latents"
-
-_SMALLEST = 1e-6
+_CLIP = "clip_feature"
 
 
 class WanImageToVideoModel(WanModel):
@@ -84,7 +82,7 @@ class WanImageToVideoModel(WanModel):
         """See `ModelBase.condition_shapes`."""
         channels, frames, height, width = latent_shape
         shapes: dict[str, tuple[int, ...]] = {
-            _FIRST_FRAME: (channels, 1 if self.expands_timesteps else frames, height, width)
+            COLUMN: (channels, 1 if self.expands_timesteps else frames, height, width)
         }
         if not self.reads_clip:
             return shapes
@@ -94,38 +92,34 @@ class WanImageToVideoModel(WanModel):
 
     def check_conditions(self, shapes: Mapping[str, Sequence[int]], latent_shape: Sequence[int]) -> None:
         """See `ModelBase.check_conditions`; TI2V takes its frame from the clip or a longer `first_frame_latent`."""
-        if self.expands_timesteps and ("vae_latent" in shapes or _PATHS in shapes):
+        if self.expands_timesteps and clean_frames.hold_clips(shapes):
             return
-        if self.expands_timesteps and len(shapes.get(_FIRST_FRAME, ())) == 4:
-            channels, _, height, width = shapes[_FIRST_FRAME]
-            shapes = {**shapes, _FIRST_FRAME: (channels, 1, height, width)}
+        if self.expands_timesteps and len(shapes.get(COLUMN, ())) == 4:
+            channels, _, height, width = shapes[COLUMN]
+            shapes = {**shapes, COLUMN: (channels, 1, height, width)}
         super().check_conditions(shapes, latent_shape)
 
-    def prepare_batch(
-        self, batch: Mapping[str, Any], *, latents_source: Literal["data", "zeros"] = "data"
-    ) -> PreparedBatch:
-        """See `ModelBase.prepare_batch`.
-
-        Wan's VAE is causal, so that a clip's first latent frame is that of its first frame alone: where there are
-        clips, or the ends of sampling paths, TI2V 5B takes its given frame from them and reads no `first_frame_latent`.
-        """
-        if self.expands_timesteps and "vae_latent" in batch:
-            batch = {**batch, _FIRST_FRAME: self.normalize_latents(batch["vae_latent"][:, :, :1])}
-        elif self.expands_timesteps and _PATHS in batch:
-            batch = {**batch, _FIRST_FRAME: batch[_PATHS][:, -1, :, :1]}
-        return super().prepare_batch(batch, latents_source=latents_source)
+    def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
+        conditioning = super()._conditioning(batch)
+        if not self.expands_timesteps:
+            return conditioning
+        if COLUMN in batch:
+            batch = {**batch, COLUMN: batch[COLUMN][:, :, :1]}
+        return clean_frames.give_frames(conditioning, batch, 1, self.normalize_latents)
 
     def predict_velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelBase.predict_velocity`.
 
         TI2V 5B's velocity of the given frame is the one that leads to it, whatever the network says there.
         """
-        image = conditioning.extras.get(_FIRST_FRAME)
+        image = conditioning.extras.get(COLUMN)
         if not self.expands_timesteps:
             return self._beside_image(x_t, sigma, conditioning, image)
         if image is None:
             return super().predict_velocity(x_t, sigma, conditioning)
-        return self._after_given_frame(x_t, sigma, conditioning, image[:, :, :1])
+        first = image[:, :, :1]
+        frames, levels = clean_frames.put_in_place(x_t, sigma, first)
+        return clean_frames.lead_to(first, x_t, sigma, self.run_network(frames, levels, conditioning))
 
     def _beside_image(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, image: Tensor | None) -> Tensor:
         batch, _, frames, height, width = x_t.shape
@@ -138,18 +132,6 @@ class WanImageToVideoModel(WanModel):
         if self.reads_clip and _CLIP in conditioning.extras:
             inputs["encoder_hidden_states_image"] = conditioning.extras[_CLIP].to(self.dtype)
         return self.run_network(latents, sigma, conditioning, **inputs)
-
-    def _after_given_frame(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, image: Tensor) -> Tensor:
-        sigma = sigma.float()
-        per_frame = sigma if sigma.ndim == 2 else sigma[:, None].expand(-1, x_t.shape[2])
-        later = torch.cat([torch.zeros_like(per_frame[:, :1]), per_frame[:, 1:]], dim=1)
-        image = image.to(x_t.dtype)
-        velocity = self.run_network(torch.cat([image, x_t[:, :, 1:]], dim=2), later, conditioning)
-        # x_t - sigma v is the image; at sigma 0 x_t already is.
-        level = per_frame[:, 0].view(-1, 1, 1, 1, 1)
-        difference = (x_t[:, :, :1] - image).float()
-        first = torch.where(level > 0, difference / level.clamp_min(_SMALLEST), 0.0)
-        return torch.cat([first, velocity[:, :, 1:]], dim=2)
 
 
 def expands_timesteps(directory: Path) -> bool:

@@ -1,11 +1,14 @@
 """Wan's VAE decoder, frame by frame: its convolutions are causal in time, so that what is decoded never changes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
+
+from .base import ModelBase
 
 
 class WanStreamingDecoder:
@@ -51,3 +54,10 @@ class WanStreamingDecoder:
         if vae.config.patch_size is not None:
             video = unpatchify(video, patch_size=vae.config.patch_size)
         return video.clamp(-1, 1)
+
+
+def streaming_decoder(model: ModelBase) -> Callable[[Tensor], Tensor]:
+    """See `CausalModelBase.streaming_decoder`, for the families whose VAE is Wan's."""
+    vae = model.encoders().vae
+    decoder = WanStreamingDecoder(vae)
+    return lambda chunk: (decoder(model.raw_latents(chunk).to(vae.dtype)).float() / 2 + 0.5).clamp(0, 1)

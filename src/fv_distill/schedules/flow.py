@@ -23,6 +23,11 @@ def broadcast_sigma(sigma: Tensor, like: Tensor) -> Tensor:
     )
 
 
+def per_frame(sigma: Tensor, like: Tensor) -> Tensor:
+    """Sigma `[B]` or `[B, T]` as `[B, T]`, T being the latent frames of `like`, in fp32."""
+    return sigma.float() if sigma.ndim == 2 else sigma.float()[:, None].expand(-1, like.shape[2])
+
+
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """`x_t = (1 - sigma) x0 + sigma eps`, in fp32."""
     s = broadcast_sigma(sigma, x0).float()

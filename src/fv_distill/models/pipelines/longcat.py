@@ -19,6 +19,7 @@ from fv_distill.models.longcat_encoders import encode_text
 from fv_distill.models.pipeline_index import indexed
 from fv_distill.models.pretrained import resolve_directory
 from fv_distill.models.transformers.longcat import LongCatVideoTransformer3DModel
+from fv_distill.models.wan_vae import check_clip_size, decode_normalized, encode_normalized
 
 Generators = torch.Generator | list[torch.Generator] | None
 # The published sampling ends at timestep 1 before the shift.
@@ -104,7 +105,8 @@ class LongCatVideoPipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):  # the mix
         Raises:
             ValueError: for sizes that are no multiple of what the network and the VAE fold, or an image and a video.
         """
-        self._check_size(height, width, num_frames)
+        patch_size = self.transformer.config.patch_size
+        check_clip_size(self.vae, patch_size, height=height, width=width, num_frames=num_frames)
         if image is not None:
             if video is not None:
                 raise ValueError("image and video are both given, but a clip begins in one way; leave one out")
@@ -170,32 +172,18 @@ class LongCatVideoPipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):  # the mix
         """Noise with the normalised latents of the given frames for its first ones, and how many these are."""
         if video is None:
             return latents, 0
-        mean, std = self._statistics(latents.device)
-        raw = self.vae.encode((2 * video - 1).to(latents.device, self.vae.dtype)).latent_dist.mode().float()
-        given = ((raw - mean) / std).expand(latents.shape[0], -1, -1, -1, -1)
+        given = encode_normalized(self.vae, (2 * video - 1).to(latents.device))
+        given = given.expand(latents.shape[0], -1, -1, -1, -1)
         return torch.cat([given, latents[:, :, given.shape[2] :]], dim=2), given.shape[2]
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return latents
-        mean, std = self._statistics(latents.device)
-        video = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
+        video = decode_normalized(self.vae, latents)
         return self.video_processor.postprocess_video(video, output_type=output_type)
-
-    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(self.vae.config[f"latents_{name}"], device=device) for name in ("mean", "std"))
-        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
     def _latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         config = self.vae.config
         frames = (num_frames - 1) // config.scale_factor_temporal + 1
         rows, columns = height // config.scale_factor_spatial, width // config.scale_factor_spatial
         return self.transformer.config.in_channels, frames, rows, columns
-
-    def _check_size(self, height: int, width: int, num_frames: int) -> None:
-        config, patch_size = self.vae.config, self.transformer.config.patch_size
-        for name, size, patch in (("height", height, patch_size[1]), ("width", width, patch_size[2])):
-            if size % (patch * config.scale_factor_spatial):
-                raise ValueError(f"{name}={size} must be a multiple of {patch * config.scale_factor_spatial}")
-        if (num_frames - 1) % config.scale_factor_temporal:
-            raise ValueError(f"num_frames={num_frames} must be a multiple of {config.scale_factor_temporal}, plus 1")

@@ -13,8 +13,9 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import CLIPVisionModel
 
-from fv_distill.models.matrixgame2_encoders import first_frame_conditions, latent_statistics
+from fv_distill.models.matrixgame2_encoders import first_frame_conditions
 from fv_distill.models.transformers.matrixgame2 import MatrixGame2Transformer3DModel, beside_first_frame
+from fv_distill.models.wan_vae import check_clip_size, decode_normalized
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -83,7 +84,8 @@ class MatrixGame2Pipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):  # the mixi
             ValueError: for sizes that are no multiple of what the network and the VAE fold, or actions of too few
                 frames.
         """
-        self._check_size(height, width, num_frames)
+        patch_size = self.transformer.config.patch_size
+        check_clip_size(self.vae, patch_size, height=height, width=width, num_frames=num_frames)
         device = self._execution_device
         first_frame, tokens = self._look(image, height, width, num_frames, device)
         batch = first_frame.shape[0]
@@ -126,17 +128,8 @@ class MatrixGame2Pipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):  # the mixi
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return latents
-        mean, std = latent_statistics(self.vae, latents.device)
-        video = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
+        video = decode_normalized(self.vae, latents)
         return self.video_processor.postprocess_video(video, output_type=output_type)
-
-    def _check_size(self, height: int, width: int, num_frames: int) -> None:
-        config, patch_size = self.vae.config, self.transformer.config.patch_size
-        for name, size, patch in (("height", height, patch_size[1]), ("width", width, patch_size[2])):
-            if size % (patch * config.scale_factor_spatial):
-                raise ValueError(f"{name}={size} must be a multiple of {patch * config.scale_factor_spatial}")
-        if (num_frames - 1) % config.scale_factor_temporal:
-            raise ValueError(f"num_frames={num_frames} must be a multiple of {config.scale_factor_temporal}, plus 1")
 
 
 def _actions(given: Any, batch: int, device: torch.device) -> Tensor | None:
