@@ -13,7 +13,6 @@ training for the processor. The script prints one JSON line.
 """
 
 import argparse
-import copy
 import json
 import os
 import shutil
@@ -25,21 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from dmd2_roles import TEXT_DIM, TEXT_LENGTH, make_models
 
 from fv_distill.config import load_run_config
 from fv_distill.export import read_checkpoint_metadata
 from fv_distill.methods import DMD2Method, DMD2Options
-from fv_distill.models import WanModel
 from fv_distill.models.conditioning import Conditioning
 from fv_distill.training import Trainer, build_accelerator, build_callbacks, build_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
-TEACHER = ROOT / "examples/digits/teacher"
-"""Gives the text encoder and the VAE's statistics; the networks are random."""
-
-TEXT_DIM = 32
-TEXT_LENGTH = 8
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,22 +61,7 @@ def make_trainer(args: argparse.Namespace, output_dir: str) -> Trainer:
         "callbacks.ema.decay": 0.95,
     }
     config = load_run_config(ROOT / "examples/configs/dmd2/digits.yaml", overrides)
-    torch.manual_seed(0)
-    network = WanTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=args.width // 4,
-        num_layers=args.layers,
-        ffn_dim=4 * args.width,
-        freq_dim=64,
-        text_dim=TEXT_DIM,
-        rope_max_seq_len=64,
-    )
-    models = {
-        role: WanModel(
-            copy.deepcopy(network), directory=TEACHER, flow_shift=3.0, trainable=trained, text_length=TEXT_LENGTH
-        )
-        for role, trained in {"student": True, "teacher": False, "critic": True}.items()
-    }
+    models = make_models(args.width, args.layers)
     method = DMD2Method(models, DMD2Options(generator_update_interval=2))
     return Trainer(build_accelerator(config), method, build_dataset(config), config, build_callbacks(config))
 

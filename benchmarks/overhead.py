@@ -11,7 +11,6 @@ same of CPU time, which other programs disturb less, is reported beside it. The 
 """
 
 import argparse
-import copy
 import json
 import os
 import pty
@@ -26,16 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from dmd2_roles import make_models
 
 from fv_distill.callbacks import Callback
 from fv_distill.config import load_run_config
 from fv_distill.methods import DMD2Method, DMD2Options
-from fv_distill.models import WanModel
 from fv_distill.training import Trainer, build_accelerator, build_callbacks, build_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT_LENGTH = 8
 CALLBACKS = {
     "ema": {"decay": 0.95},
     "grad_clip": {"max_grad_norm": 1.0},
@@ -74,24 +71,8 @@ def make_trainer(args: argparse.Namespace, folder: str, *, with_all: bool) -> Tr
     kind = type(config.callbacks["ema"])
     config.callbacks = {name: kind(**options) for name, options in CALLBACKS.items()} if with_all else {}
     accelerator = build_accelerator(config)
-    method = DMD2Method(make_models(args), DMD2Options(**config.method.options))
+    method = DMD2Method(make_models(args.width, args.layers), DMD2Options(**config.method.options))
     return Trainer(accelerator, method, build_dataset(config), config, build_callbacks(config))
-
-
-def make_models(args: argparse.Namespace) -> dict[str, WanModel]:
-    torch.manual_seed(0)
-    network = WanTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=args.width // 4,
-        num_layers=args.layers,
-        ffn_dim=4 * args.width,
-        freq_dim=64,
-        text_dim=32,
-        rope_max_seq_len=64,
-    )
-    options = {"directory": ROOT / "examples/digits/teacher", "flow_shift": 3.0, "text_length": TEXT_LENGTH}
-    trained = {"student": True, "teacher": False, "critic": True}
-    return {role: WanModel(copy.deepcopy(network), trainable=trained[role], **options) for role in trained}
 
 
 Seconds = tuple[float, float]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from dmd2_roles import TEXT_DIM, TEXT_LENGTH, make_models
 
 from fv_distill.callbacks import Callback
 from fv_distill.config import load_run_config
@@ -36,11 +36,6 @@ from fv_distill.schedules import add_noise, score_sigma, velocity_target
 from fv_distill.training import Trainer, build_accelerator, build_callbacks, build_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
-TEACHER = ROOT / "examples/digits/teacher"
-"""Gives the text encoder and the VAE's statistics; the networks are random."""
-
-TEXT_DIM = 32
-TEXT_LENGTH = 8
 EMA_DECAY = 0.95
 MAX_GRAD_NORM = 1.0
 LEARNING_RATE = 1e-5
@@ -58,26 +53,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no-ema", action="store_true", help="without the average, on both sides")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
-
-
-def make_models(args: argparse.Namespace) -> dict[str, WanModel]:
-    torch.manual_seed(0)
-    network = WanTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=args.width // 4,
-        num_layers=args.layers,
-        ffn_dim=4 * args.width,
-        freq_dim=64,
-        text_dim=TEXT_DIM,
-        rope_max_seq_len=64,
-    )
-    trainable = {"student": True, "teacher": False, "critic": True}
-    return {
-        role: WanModel(
-            copy.deepcopy(network), directory=TEACHER, flow_shift=3.0, trainable=trained, text_length=TEXT_LENGTH
-        )
-        for role, trained in trainable.items()
-    }
 
 
 class HandWrittenLoop:
@@ -177,7 +152,7 @@ def make_trainer(args: argparse.Namespace, options: DMD2Options, output_dir: str
     if args.no_ema:
         del config.callbacks["ema"]
     accelerator = build_accelerator(config)
-    method = DMD2Method(make_models(args), options)
+    method = DMD2Method(make_models(args.width, args.layers), options)
     return Trainer(accelerator, method, build_dataset(config), config, build_callbacks(config))
 
 
@@ -215,7 +190,7 @@ def main() -> None:
     options = DMD2Options()
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = make_trainer(args, options, output_dir)
-        models = make_models(args)
+        models = make_models(args.width, args.layers)
         turns = TakeTurns(HandWrittenLoop(models, options, args))
         trainer.callbacks.add("take_turns", turns)
         turns.began = time.perf_counter()

@@ -122,6 +122,7 @@ class ModelBase(RoleNetwork, ABC):
             weights=weights,
             gradient_checkpointing=gradient_checkpointing,
             attention_backend=attention_backend,
+            subfolder=cls.component_of(options),
         )
         return cls(
             transformer,
@@ -132,6 +133,11 @@ class ModelBase(RoleNetwork, ABC):
             text_length=text_length,
             **options,
         )
+
+    @classmethod
+    def component_of(cls, options: Mapping[str, Any]) -> str:
+        """The pipeline's name of the network that the family's own options choose."""
+        return "transformer"
 
     @classmethod
     def read_statistics(cls, directory: Path) -> tuple[Tensor, Tensor]:

@@ -61,11 +61,6 @@ def resolve_directory(init_from: str | Path, *, name: str = "init_from", pattern
         ) from error
 
 
-def read_model_index(directory: Path) -> dict[str, Any]:
-    """The `model_index.json` of a pipeline directory: its class, its components and their classes, its settings."""
-    return read_index(directory)
-
-
 def load_component_config(directory: Path, component: str) -> dict[str, Any]:
     """The `config.json` of one component of a pipeline directory.
 
@@ -80,7 +75,7 @@ def load_component_config(directory: Path, component: str) -> dict[str, Any]:
 
 def read_pipeline_class(directory: Path) -> str:
     """The name of the class that a pipeline directory says it is of."""
-    return read_model_index(directory)["_class_name"]
+    return read_index(directory)["_class_name"]
 
 
 def load_vae_config(directory: Path) -> dict[str, Any]:

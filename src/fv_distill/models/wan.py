@@ -1,18 +1,17 @@
 """Wan text-to-video, 2.1 and 2.2, over diffusers' `WanTransformer3DModel`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
-import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from .base import ModelBase
 from .conditioning import Conditioning
 from .latent_checks import check_clip_shape, check_text_width
-from .pretrained import load_network, read_flow_shift, read_vae_factors, resolve_directory
+from .pretrained import read_vae_factors, resolve_directory
 from .wan_encoders import WanEncoders
 from .wan_two_experts import Expert, choose_expert
 
@@ -57,14 +56,6 @@ class WanModel(ModelBase):
         *,
         expert: Literal["high", "low"] | None = None,
         boundary_ratio: float | None = None,
-        trainable: bool = False,
-        flow_shift: float | None = None,
-        dtype: str | torch.dtype = "float32",
-        weights: str | None = None,
-        gradient_checkpointing: bool = False,
-        attention_backend: str | None = None,
-        negative_prompt: str = "",
-        text_length: int = 512,
         **options: Any,
     ) -> Self:
         """Load a Wan pipeline directory or Hub repository.
@@ -73,42 +64,21 @@ class WanModel(ModelBase):
             init_from: a local diffusers directory or a Hub id `owner/name`.
             expert: which network of a directory with two: "high" (noise) or "low".
             boundary_ratio: the sigma from which on the high-noise expert is called; None reads it from the directory.
-            trainable: see `ModelBase.from_pretrained`, as for all below.
-            flow_shift: None reads it from the directory's scheduler.
-            dtype: of the weights.
-            weights: a safetensors file that replaces the network's weights.
-            gradient_checkpointing: recompute activations in the backward pass.
-            attention_backend: a diffusers attention backend.
-            negative_prompt: see `ModelBase`.
-            text_length: see `ModelBase`.
-            options: further arguments of the class.
+            options: further arguments, those of `ModelBase.from_pretrained` or of the class.
 
         Raises:
             FileNotFoundError: if there is no such model.
             ValueError: see `ModelBase.from_pretrained` and `choose_expert`.
         """
         directory = resolve_directory(init_from)
-        chosen = choose_expert(directory, expert, boundary_ratio)
-        transformer = load_network(
-            cls.network_class,
-            directory,
-            check=cls.check_network,
-            dtype=dtype,
-            weights=weights,
-            gradient_checkpointing=gradient_checkpointing,
-            attention_backend=attention_backend,
-            subfolder=chosen.component,
+        return super().from_pretrained(
+            str(directory), expert=choose_expert(directory, expert, boundary_ratio), **options
         )
-        return cls(
-            transformer,
-            directory=directory,
-            expert=chosen,
-            flow_shift=read_flow_shift(directory) if flow_shift is None else flow_shift,
-            trainable=trainable,
-            negative_prompt=negative_prompt,
-            text_length=text_length,
-            **options,
-        )
+
+    @classmethod
+    def component_of(cls, options: Mapping[str, Any]) -> str:
+        """See `ModelBase.component_of`: the expert's."""
+        return options["expert"].component
 
     @classmethod
     def on_base(

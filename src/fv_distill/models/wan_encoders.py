@@ -12,7 +12,8 @@ from transformers import CLIPVisionModel
 
 from .conditioning import Conditioning
 from .encoders import Encoders, encode_zero_padded
-from .pretrained import load_component_config, read_latent_statistics, read_model_index
+from .pipeline_index import read_index
+from .pretrained import load_component_config, read_latent_statistics
 
 # What no encoder needs of any Wan pipeline; a name that a directory doesn't have is ignored.
 _NETWORKS = ("transformer", "transformer_2")
@@ -44,7 +45,7 @@ class WanImageEncoders(WanEncoders):
     @cached_property
     def index(self) -> dict[str, Any]:
         """The directory's `model_index.json`."""
-        return read_model_index(self.directory)
+        return read_index(self.directory)
 
     @cached_property
     def image_encoder(self) -> Any:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from . import clean_frames
 from .clean_frames import COLUMN
 from .conditioning import Conditioning
-from .pretrained import load_component_config, read_model_index, read_vae_factors
+from .pipeline_index import read_index
+from .pretrained import load_component_config, read_vae_factors
 from .wan import WanModel
 from .wan_encoders import WanImageEncoders
 
@@ -136,4 +137,4 @@ class WanImageToVideoModel(WanModel):
 
 def expands_timesteps(directory: Path) -> bool:
     """Whether the directory's network takes a timestep for each token, as Wan 2.2 TI2V 5B's does."""
-    return bool(read_model_index(directory).get("expand_timesteps"))
+    return bool(read_index(directory).get("expand_timesteps"))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .pretrained import read_model_index
+from .pipeline_index import read_index
 
 # The pipeline's names of the networks.
 HIGH, LOW = "transformer", "transformer_2"
@@ -28,7 +28,7 @@ class Expert:
 
 def has_two_experts(directory: Path) -> bool:
     """Whether a pipeline directory names a second transformer."""
-    entry = read_model_index(directory).get(LOW)
+    entry = read_index(directory).get(LOW)
     return entry is not None and entry[0] is not None
 
 
@@ -50,7 +50,7 @@ def choose_expert(directory: Path, name: str | None, boundary_ratio: float | Non
                 "one for all noise levels; remove the keys"
             )
         return Expert()
-    boundary = read_model_index(directory).get("boundary_ratio") if boundary_ratio is None else boundary_ratio
+    boundary = read_index(directory).get("boundary_ratio") if boundary_ratio is None else boundary_ratio
     if boundary is None or not 0 < boundary < 1:
         raise ValueError(
             f"boundary_ratio={boundary} of {directory} must be a sigma between 0 and 1; set "

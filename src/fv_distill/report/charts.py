@@ -96,8 +96,8 @@ def line_chart(title: str, points: Points, *, steps: tuple[int, int], is_noisy: 
         latest=format_number(averaged[-1]),
         x_ticks=x_axis.ticks(5),
         y_ticks=y_axis.ticks(4),
-        raw_path=_path(raw, x_axis, y_axis) if span > 1 else "",
-        smooth_path=_path([(step, value) for step, value, _, _ in pieces], x_axis, y_axis),
+        raw_path=polyline(raw, x_axis, y_axis) if span > 1 else "",
+        smooth_path=polyline([(step, value) for step, value, _, _ in pieces], x_axis, y_axis),
         note=", ".join(notes),
         marks=marks,
         hover={
@@ -120,7 +120,11 @@ def smoothed(values: Sequence[float], span: int) -> list[float]:
 
 def polyline(points: Sequence[tuple[float, float]], x_axis: Axis, y_axis: Axis) -> str:
     """An SVG path through points in the square."""
-    return _path(points, x_axis, y_axis)
+    # Values outside are drawn up to a little beyond the edge, where the page cuts them off.
+    places = [
+        (SIDE * x_axis.place(x), SIDE * (1 - min(1.2, max(-0.2, y_axis.place(y))))) for x, y in points if y is not None
+    ]
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places) if places else ""
 
 
 def value_axis(values: Sequence[float]) -> Axis:
@@ -159,14 +163,6 @@ def _value_axis(values: Sequence[float], averaged: Sequence[float], *, allow_log
     # An axis that nearly reaches zero may as well show it.
     bottom = low - margin if low < 0 or low > 0.4 * high else 0.0
     return Axis(bottom, high + margin)
-
-
-def _path(points: Sequence[tuple[float, float]], x_axis: Axis, y_axis: Axis) -> str:
-    # Values outside are drawn up to a little beyond the edge, where the page cuts them off.
-    places = [
-        (SIDE * x_axis.place(x), SIDE * (1 - min(1.2, max(-0.2, y_axis.place(y))))) for x, y in points if y is not None
-    ]
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places) if places else ""
 
 
 def _round_values(low: float, high: float, count: int) -> list[float]:
