@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import HunyuanVideoImageToVideoPipeline
 from diffusers.image_processor import VaeImageProcessor
+from euler import euler
 from tiny_hunyuan import FLOW_SHIFT, IMAGE_TEXT_LENGTH, LATENT_CHANNELS, make_tiny_hunyuan_i2v_directory
 
 from fv_distill.models import HunyuanVideoImageToVideoModel
-from fv_distill.schedules import flow
 
 PROMPT, NEGATIVE = "a handwritten digit moving left", "bad"
 EMBEDDED_GUIDANCE = 4.0
@@ -94,18 +94,11 @@ def run_pipeline(pipeline, image, noise, *, true_cfg_scale=1.0, steps=1, output_
     return states[-1], frames
 
 
-@torch.no_grad()
 def run_adapter(model, pipeline, batch, noise, *, scale=1.0):
-    """Euler steps over the pipeline's own sigmas."""
     positive, negative = model.prepare_batch(batch).conditioning, model.negative_conditioning()
     negative = type(positive)(negative.text, negative.text_mask, {**positive.extras, **negative.extras})
     x_t = START * noise + (1 - START) * batch["first_frame_latent"]
-    for sigma, following in zip(pipeline.scheduler.sigmas, pipeline.scheduler.sigmas[1:], strict=False):
-        velocity = model.predict_velocity(x_t, sigma[None], positive)
-        if scale != 1:
-            velocity = flow.guide(velocity, model.predict_velocity(x_t, sigma[None], negative), scale)
-        x_t = x_t + (following - sigma) * velocity
-    return x_t
+    return euler(model, x_t, pipeline.scheduler.sigmas, positive, negative, scale=scale)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from diffusers import HunyuanVideoPipeline
+from euler import euler
 from tiny_hunyuan import FLOW_SHIFT, LATENT_CHANNELS, make_tiny_hunyuan_directory
 from tiny_models import TEXT_LENGTH
 
 from fv_distill.models import HunyuanVideoModel
-from fv_distill.schedules import flow
 
 PROMPT, NEGATIVE = "a handwritten digit moving left", "bad"
 EMBEDDED_GUIDANCE = 4.0
@@ -54,17 +54,9 @@ def run_pipeline(pipeline, noise, *, true_cfg_scale=1.0, steps=1, output_type="l
         ).frames
 
 
-@torch.no_grad()
 def run_adapter(model, pipeline, noise, *, scale):
-    """Euler steps over the pipeline's own sigmas."""
     positive, negative = model.prompt_conditioning(PROMPT), model.negative_conditioning()
-    x_t = noise
-    for sigma, following in zip(pipeline.scheduler.sigmas, pipeline.scheduler.sigmas[1:], strict=False):
-        velocity = model.predict_velocity(x_t, sigma[None], positive)
-        if scale != 1:
-            velocity = flow.guide(velocity, model.predict_velocity(x_t, sigma[None], negative), scale)
-        x_t = x_t + (following - sigma) * velocity
-    return x_t
+    return euler(model, noise, pipeline.scheduler.sigmas, positive, negative, scale=scale)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import Kandinsky5I2VPipeline, Kandinsky5T2VPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from euler import euler
 from tiny_hunyuan import LATENT_CHANNELS
 from tiny_kandinsky5 import FLOW_SHIFT, make_tiny_kandinsky5_directory, make_tiny_kandinsky5_transformer
 from tiny_models import TEXT_LENGTH
@@ -90,19 +91,11 @@ def run_pipeline(pipeline, image, *, scale=1.0, steps=1, num_frames=NUM_FRAMES):
     return found[-1], video
 
 
-@torch.no_grad()
 def run_adapter(model, pipeline, image, noise, *, scale):
-    """Euler steps over the pipeline's own sigmas."""
     positive, negative = (
         condition(model, image, text) for text in (model.prompt_conditioning(PROMPT), model.negative_conditioning())
     )
-    x_t = noise
-    for sigma, following in zip(pipeline.scheduler.sigmas, pipeline.scheduler.sigmas[1:], strict=False):
-        velocity = model.predict_velocity(x_t, sigma[None], positive)
-        if scale != 1:
-            velocity = flow.guide(velocity, model.predict_velocity(x_t, sigma[None], negative), scale)
-        x_t = x_t + (following - sigma) * velocity
-    return x_t
+    return euler(model, noise, pipeline.scheduler.sigmas, positive, negative, scale=scale)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])

@@ -25,16 +25,9 @@ class CosmosEncoders(Encoders):
     @cached_property
     def text_pipeline(self) -> Any:
         """A pipeline of nothing but the text encoder and its tokenizer."""
+        vae = vae_without_weights(AutoencoderKLWan, self.directory)
         kind = PIPELINES[read_pipeline_class(self.directory)]
-        pipeline = kind.from_pretrained(
-            self.directory,
-            transformer=None,
-            vae=vae_without_weights(AutoencoderKLWan, self.directory),
-            safety_checker=_NothingToCheck(),
-            dtype=self.dtype,
-        )
-        pipeline.text_encoder.to(self.device)
-        return pipeline
+        return self.load_text_pipeline(kind, vae=vae, safety_checker=_NothingToCheck())
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .conditioning import Conditioning
 
@@ -79,6 +79,20 @@ class Encoders(ABC):
     def vae(self) -> Any:
         """The diffusers autoencoder."""
         return self.vae_class.from_pretrained(self.directory, subfolder="vae", dtype=self.dtype).to(self.device)
+
+    def load_text_pipeline(self, kind: Any, **components: Any) -> Any:
+        """The directory as a pipeline of nothing but what encodes text and images, on the device.
+
+        Args:
+            kind: the diffusers class.
+            components: what takes the place of its other components, beside transformer and VAE, which are None.
+        """
+        others = {"transformer": None, "vae": None, **components}
+        pipeline = kind.from_pretrained(self.directory, dtype=self.dtype, **others)
+        for name, part in pipeline.components.items():
+            if name not in others and isinstance(part, nn.Module):
+                part.to(self.device)
+        return pipeline
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

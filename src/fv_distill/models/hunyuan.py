@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .base import ModelBase
 from .conditioning import Conditioning
 from .hunyuan_encoders import HunyuanVideoEncoders
-from .latent_checks import check_clip_shape
+from .latent_checks import check_clip_shape, check_text_width
 from .pretrained import read_vae_factors
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -106,11 +106,7 @@ class HunyuanVideoModel(ModelBase):
 
     def check_text(self, shape: Sequence[int]) -> None:
         """See `ModelBase.check_text`."""
-        if shape[-1] != self.network_config.text_embed_dim:
-            raise ValueError(
-                f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, whose text_embed_dim is "
-                f"{self.network_config.text_embed_dim}; encode the captions with this model's own text encoders"
-            )
+        check_text_width(shape, self.network_config.text_embed_dim, key="text_embed_dim", directory=self.directory)
 
 
 def _checked_guidance(scale: float) -> float:

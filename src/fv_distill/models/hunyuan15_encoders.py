@@ -34,11 +34,7 @@ class HunyuanVideo15Encoders(Encoders):
         """The directory's pipeline with nothing but its encoders, of text and, for image-to-video, of images."""
         vae = vae_without_weights(AutoencoderKLHunyuanVideo15, self.directory)
         kind = PIPELINES[read_pipeline_class(self.directory)]
-        pipeline = kind.from_pretrained(self.directory, transformer=None, vae=vae, dtype=self.dtype)
-        pipeline.text_encoder.to(self.device)
-        pipeline.text_encoder_2.to(self.device)
-        if "image_encoder" in pipeline.components:
-            pipeline.image_encoder.to(self.device)
+        pipeline = self.load_text_pipeline(kind, vae=vae)
         # An attribute, where other pipelines have an argument.
         pipeline.tokenizer_max_length = self.text_length
         return pipeline

@@ -39,10 +39,7 @@ class HunyuanVideoEncoders(Encoders):
     @cached_property
     def text_pipeline(self) -> Any:
         """A `HunyuanVideoPipeline` of nothing but its two text encoders and their tokenizers."""
-        pipeline = HunyuanVideoPipeline.from_pretrained(self.directory, transformer=None, vae=None, dtype=self.dtype)
-        pipeline.text_encoder.to(self.device)
-        pipeline.text_encoder_2.to(self.device)
-        return pipeline
+        return self.load_text_pipeline(HunyuanVideoPipeline)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -78,11 +75,7 @@ class HunyuanVideoImageEncoders(HunyuanVideoEncoders):
     @cached_property
     def text_pipeline(self) -> Any:
         """A `HunyuanVideoImageToVideoPipeline` of nothing but what reads text."""
-        kind = HunyuanVideoImageToVideoPipeline
-        pipeline = kind.from_pretrained(self.directory, transformer=None, vae=None, dtype=self.dtype)
-        pipeline.text_encoder.to(self.device)
-        pipeline.text_encoder_2.to(self.device)
-        return pipeline
+        return self.load_text_pipeline(HunyuanVideoImageToVideoPipeline)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

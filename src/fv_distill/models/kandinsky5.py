@@ -12,7 +12,7 @@ from . import clean_frames
 from .base import ModelBase
 from .conditioning import Conditioning, PreparedBatch, check_condition_shapes
 from .kandinsky5_encoders import IMAGE_PIPELINE, PIPELINES, Kandinsky5Encoders
-from .latent_checks import check_clip_shape
+from .latent_checks import check_clip_shape, check_text_width
 from .pretrained import read_pipeline_class, read_vae_factors
 
 _ATTENTION = ("to_query", "to_key", "to_value", *(f"{kind}_attention.out_layer" for kind in ("self", "cross")))
@@ -178,11 +178,7 @@ class Kandinsky5Model(ModelBase):
 
     def check_text(self, shape: Sequence[int]) -> None:
         """See `ModelBase.check_text`."""
-        if shape[-1] != self.network_config.in_text_dim:
-            raise ValueError(
-                f"text embeddings of shape {tuple(shape)} don't fit {self.directory}, whose in_text_dim is "
-                f"{self.network_config.in_text_dim}; encode the captions with this model's own text encoders"
-            )
+        check_text_width(shape, self.network_config.in_text_dim, key="in_text_dim", directory=self.directory)
 
 
 def _given_frames(directory: Path, wanted: int | None) -> int:

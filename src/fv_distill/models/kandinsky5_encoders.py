@@ -42,11 +42,7 @@ class Kandinsky5Encoders(Encoders):
     @cached_property
     def text_pipeline(self) -> Any:
         """The directory's pipeline with nothing but its two text encoders and their tokenizers."""
-        kind = PIPELINES[read_pipeline_class(self.directory)]
-        pipeline = kind.from_pretrained(self.directory, transformer=None, vae=None, dtype=self.dtype)
-        pipeline.text_encoder.to(self.device)
-        pipeline.text_encoder_2.to(self.device)
-        return pipeline
+        return self.load_text_pipeline(PIPELINES[read_pipeline_class(self.directory)])
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

@@ -23,11 +23,7 @@ class LTX2Encoders(Encoders):
     @cached_property
     def text_pipeline(self) -> Any:
         """An `LTX2Pipeline` of nothing but the text encoder, its tokenizer and the connectors."""
-        absent: dict[str, Any] = dict.fromkeys(("transformer", "vae", "audio_vae", "vocoder"))
-        pipeline = LTX2Pipeline.from_pretrained(self.directory, dtype=self.dtype, **absent)
-        pipeline.text_encoder.to(self.device)
-        pipeline.connectors.to(self.device)
-        return pipeline
+        return self.load_text_pipeline(LTX2Pipeline, audio_vae=None, vocoder=None)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

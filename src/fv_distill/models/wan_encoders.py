@@ -15,9 +15,6 @@ from .encoders import Encoders, encode_zero_padded
 from .pipeline_index import read_index
 from .pretrained import load_component_config, read_latent_statistics
 
-# What no encoder needs of any Wan pipeline; a name that a directory doesn't have is ignored.
-_NETWORKS = ("transformer", "transformer_2")
-
 
 class WanEncoders(Encoders):
     """See `Encoders`; Wan's text is padded with zeros."""
@@ -28,10 +25,7 @@ class WanEncoders(Encoders):
     def text_pipeline(self) -> Any:
         """A `WanPipeline` of nothing but the text encoder and its tokenizer."""
         # An image-to-video directory's further components are no part of this pipeline, and stay where they are.
-        parts = dict.fromkeys((*_NETWORKS, "vae"))
-        pipeline = WanPipeline.from_pretrained(self.directory, dtype=self.dtype, **parts)
-        pipeline.text_encoder.to(self.device)
-        return pipeline
+        return self.load_text_pipeline(WanPipeline, transformer_2=None)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
