@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_overhead import LEARNING_RATE, ROOT, make_models
+from dmd2_roles import make_models
+from step_overhead import LEARNING_RATE, ROOT
 from torch.distributed.tensor import DTensor
 
 from fv_distill.callbacks import Callback
@@ -113,7 +114,7 @@ def work(args: argparse.Namespace) -> None:
     config = load_run_config(ROOT / "examples/configs/dmd2/digits.yaml", overrides)
     accelerator = build_accelerator(config)
     assert accelerator.is_fsdp2 == (accelerator.num_processes > 1)
-    models = make_models(args)
+    models = make_models(args.width, args.layers)
     callbacks = build_callbacks(config)
     weigh = Weigh()
     callbacks.add("weigh", weigh)

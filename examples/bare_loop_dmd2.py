@@ -18,6 +18,7 @@ from fv_distill.config import parse_run_config
 from fv_distill.config.schema import RunConfig
 from fv_distill.console import exit_on_user_error
 from fv_distill.data import BatchPlan, ParquetDataset, build_loader
+from fv_distill.gloo import await_gloo_at_exit
 from fv_distill.losses import dmd_loss, flow_matching_loss
 from fv_distill.models import UncondPolicy, WanModel, unconditional
 from fv_distill.rng import SampleRng
@@ -34,6 +35,7 @@ def main() -> None:
 def train(config: RunConfig) -> None:
     training, options = config.training, config.method.options
     accelerator = Accelerator()
+    await_gloo_at_exit()
 
     def load(role: str) -> WanModel:
         role_config = config.models[role]

@@ -71,6 +71,6 @@ def run(job):
 if __name__ == "__main__":
     for described in json.loads(Path(sys.argv[1]).read_text()):
         run(described)
-    # A process that ends with its groups alive is aborted now and then: "terminate called without an active exception".
+    # One process leaving early now and then hangs the other one at its end.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

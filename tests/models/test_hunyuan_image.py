@@ -1,6 +1,6 @@
 """HunyuanVideo image-to-video: what is given counts in no loss, and what is refused at the start."""
 
-import shutil
+import json
 
 import pytest
 import tiny_runs
@@ -124,7 +124,7 @@ def test_a_clip_has_more_than_the_given_frame(models):
 
 
 def test_a_text_length_without_room_for_a_prompt_is_refused(directories, tmp_path):
-    message = "text_length=288, but up to 288 tokens .* are an image's; set it to 544"
+    message = "text_length=288 leaves no room for prompts: up to 288 tokens .* are an image's; set it to 288 plus"
     directory = str(directories["token_replace"])
     with pytest.raises(ValueError, match=message):
         HunyuanVideoImageToVideoModel.from_pretrained(directory, text_length=288)
@@ -161,12 +161,36 @@ def test_roles_of_different_kinds_are_refused(directories, rows, tmp_path):
         tiny_runs.train(config)
 
 
-def test_encoders_of_a_directory_without_images_say_so(tmp_path, models):
-    directory = shutil.copytree(make_tiny_hunyuan_directory(tmp_path / "model"), tmp_path / "copy")
-    model = models["token_replace"]
-    encoders = model.encoders_class(directory, device=model.device, dtype=model.dtype, text_length=IMAGE_TEXT_LENGTH)
+def test_a_directory_of_text_to_video_is_refused_before_anything_is_written(tmp_path):
+    directory = make_tiny_hunyuan_directory(tmp_path / "model")
+    index = json.loads((directory / "model_index.json").read_text())
+    index["_class_name"] = "HunyuanVideoImageToVideoPipeline"
+    (directory / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/clip.mp4").touch()
+    options = PreprocessOptions(
+        model=str(directory),
+        data=str(tmp_path / "data"),
+        output=str(tmp_path / "rows"),
+        num_frames=9,
+        resolution="32x32",
+        text_length=IMAGE_TEXT_LENGTH,
+        device="cpu",
+    )
     with pytest.raises(ValueError, match="image_condition_type is None, which is neither latent_concat nor token_repl"):
-        encoders.encode_clip_captions(["a digit"], torch.rand(1, 3, 9, 32, 32))
+        preprocess(options)
+    assert not (tmp_path / "rows").exists()
+
+
+def test_embedded_guidance_is_for_networks_that_read_it(directories, models):
+    """latent_concat's network has none; its pipeline would warn of two guidances at once."""
+    assert models["token_replace"].sampling_arguments(4.0)["guidance_scale"] == 6.0
+    found = models["latent_concat"].sampling_arguments(4.0)
+    assert (found["guidance_scale"], found["true_cfg_scale"]) == (1.0, 4.0)
+    with pytest.raises(ValueError, match="embedded_guidance=3, but the network of .* reads no guidance scale"):
+        HunyuanVideoImageToVideoModel.from_pretrained(
+            str(directories["latent_concat"]), text_length=IMAGE_TEXT_LENGTH, embedded_guidance=3.0
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -35,9 +35,13 @@ def pipeline(directory):
 
 
 @pytest.fixture(scope="module")
-def model(directory):
+def model(kind, directory):
     return HunyuanVideoImageToVideoModel.from_pretrained(
-        str(directory), negative_prompt=NEGATIVE, text_length=IMAGE_TEXT_LENGTH, embedded_guidance=EMBEDDED_GUIDANCE
+        str(directory),
+        negative_prompt=NEGATIVE,
+        text_length=IMAGE_TEXT_LENGTH,
+        # latent_concat reads none.
+        embedded_guidance=EMBEDDED_GUIDANCE if kind == "token_replace" else None,
     )
 
 
@@ -143,6 +147,19 @@ def test_captions_of_a_batch_do_not_see_each_other(model, video):
     for index, caption in enumerate(captions):
         alone = encoders.encode_clip_captions([caption], videos[index : index + 1])
         torch.testing.assert_close(together.row(index).text, alone.text, atol=1e-5, rtol=0)
+
+
+def test_a_sampled_prompt_is_cut_off_where_a_caption_was(kind, pipeline, model, image, video):
+    caption = "left " * IMAGE_TEXT_LENGTH
+    text, _, mask = pipeline.encode_prompt(
+        image=image,
+        prompt=caption,
+        max_sequence_length=model.sampling_arguments(None)["max_sequence_length"],
+        image_embed_interleave={"latent_concat": 2, "token_replace": 4}[kind],
+    )
+    assert text.shape == (1, IMAGE_TEXT_LENGTH, 16) and bool(mask.all())
+    encoded = model.encoders().encode_clip_captions([caption], video)
+    torch.testing.assert_close(encoded.text, text, atol=1e-5, rtol=0)
 
 
 def test_latents_of_an_image_are_not_those_that_its_clip_begins_with(model, batch):

@@ -161,9 +161,8 @@ def test_the_given_frame_is_the_images_and_has_no_loss(kind, model, batch, noise
     assert flow_matching_loss(velocity[:, :, 1:], target[:, :, 1:]) > 0.1
 
 
-def test_rows_without_the_column_give_their_clips_own_frame(kind, model, batch):
-    if kind is Kandinsky5T2VPipeline:
-        return
+@pytest.mark.parametrize("kind", [Kandinsky5I2VPipeline], indirect=True)
+def test_rows_without_the_column_give_their_clips_own_frame(model, batch):
     without = {name: value for name, value in batch.items() if name != COLUMN}
     clip = model.normalize_latents(batch["vae_latent"])
     prepared = model.prepare_batch(without)

@@ -100,12 +100,11 @@ def _run(method: TrainingMethod, batch: dict[str, Any], layout: Layout, *, meets
     networks = {role: model.transformer for role, model in method.models.items()}
     known = [t for network in distinct_networks(method.models) for t in (*network.parameters(), *network.buffers())]
     is_autocast = layout.mixed_precision == "bf16"
-    autocast = [network for role, network in networks.items() if is_autocast and method.models[role].trainable]
-    for model in method.models.values():
-        if is_autocast and model.trainable:
-            model.compute_on(torch.device("meta"), torch.bfloat16)
+    autocast = [model for model in method.models.values() if is_autocast and model.trainable]
+    for model in autocast:
+        model.compute_on(torch.device("meta"), torch.bfloat16)
     step, segments = method.update_cycle, []
-    execution, live = MetaExecution(autocast), LiveBytes(known)
+    execution, live = MetaExecution(model.transformer for model in autocast), LiveBytes(known)
     with execution, live, _caches_marked(method.models, live):
         for role in method.updates(step):
 

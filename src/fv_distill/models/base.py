@@ -12,6 +12,7 @@ from fv_distill.lora import AdapterSwitch
 from fv_distill.schedules import flow
 from fv_distill.schedules.timesteps import score_sigma
 
+from .clean_frames import COLUMN
 from .conditioning import (
     ACTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -46,6 +47,8 @@ class ModelBase(RoleNetwork, ABC):
     reads_text: ClassVar[bool] = True
     # Latent frames that the network takes as given whatever a batch says: roles have to agree on them.
     fixed_given_frames: int = 0
+    # Whether the frames of `first_frame_latent` take the place of a clip's first noisy ones.
+    gives_frames_in_place: bool = False
     # Whether `predict_velocity` takes sigma `[B, T]`, a noise level per latent frame.
     takes_sigma_per_frame: ClassVar[bool] = True
     # Whether the network embeds time in its timestep's type, which then has to be that of its weights.
@@ -222,7 +225,10 @@ class ModelBase(RoleNetwork, ABC):
         """Raise a `ValueError` that names the fix if `encode_prompts` can't encode one of these; loads nothing."""
 
     def sampling_arguments(self, guidance_scale: float | None) -> dict[str, Any]:
-        """Guidance of this scale as arguments of the family's diffusers pipeline; None is the pipeline's own."""
+        """Guidance of this scale as arguments of the family's diffusers pipeline, and what else of its call is its own.
+
+        A scale of None is the pipeline's own.
+        """
         return {} if guidance_scale is None else {"guidance_scale": guidance_scale}
 
     def text_width(self, encoder_width: int) -> int:
@@ -258,12 +264,19 @@ class ModelBase(RoleNetwork, ABC):
     def predict_x0_guided(
         self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, unconditional: Conditioning | None, scale: float
     ) -> Tensor:
-        """`predict_x0` under classifier-free guidance; scale 1 runs no unconditional pass."""
+        """`predict_x0` under classifier-free guidance; scale 1 runs no unconditional pass.
+
+        Frames that are given stay what they are, whatever the unconditional pass is given.
+        """
         conditional = self.predict_x0(x_t, sigma, conditioning)
         if scale == 1:
             return conditional
         assert unconditional is not None, "guidance other than 1 needs an unconditional conditioning"
-        return flow.guide(conditional, self.predict_x0(x_t, sigma, unconditional), scale)
+        guided = flow.guide(conditional, self.predict_x0(x_t, sigma, unconditional), scale)
+        if not (self.gives_frames_in_place and COLUMN in conditioning.extras):
+            return guided
+        given = conditioning.extras[COLUMN].shape[2]
+        return torch.cat([conditional[:, :, :given], guided[:, :, given:]], dim=2)
 
     def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """`(1 - sigma) x0 + sigma eps`, fp32."""

@@ -46,6 +46,7 @@ class CosmosModel(ModelBase):
 
     network_class = CosmosTransformer3DModel
     encoders_class = CosmosEncoders
+    gives_frames_in_place = True
     lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": _ATTENTION,
         "all": (*_ATTENTION, *_FEED_FORWARD),

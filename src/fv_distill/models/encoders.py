@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .conditioning import Conditioning
+from .pretrained import read_latent_statistics
 
 
 def vae_without_weights(kind: Any, directory: Path) -> Any:
@@ -55,7 +56,7 @@ class Encoders(ABC):
     vae_class: ClassVar[Any]
 
     def __init__(self, directory: Path, *, device: torch.device, dtype: torch.dtype, text_length: int) -> None:
-        self.check_text_length(text_length)
+        self.check_text_length(directory, text_length)
         self.directory = directory
         self.device = device
         self.dtype = dtype
@@ -67,12 +68,12 @@ class Encoders(ABC):
         return 1
 
     @classmethod
-    def check_text_length(cls, text_length: int) -> None:
-        """Raise a `ValueError` that names the fix if text of so many tokens has no room for a prompt."""
-        if text_length <= cls.image_tokens:
+    def check_text_length(cls, directory: Path, text_length: int) -> None:
+        """Raise a `ValueError` that names the fix if a directory's text of so many tokens has no room for a prompt."""
+        if cls.image_tokens and text_length <= cls.image_tokens:
             raise ValueError(
-                f"text_length={text_length}, but up to {cls.image_tokens} tokens of {cls.__name__}'s text are an "
-                f"image's; set it to {cls.image_tokens + 256} for prompts of up to 256 tokens"
+                f"text_length={text_length} leaves no room for prompts: up to {cls.image_tokens} tokens of "
+                f"{cls.__name__}'s text are an image's; set it to {cls.image_tokens} plus what prompts may have"
             )
 
     @cached_property
@@ -113,6 +114,11 @@ class Encoders(ABC):
         """
         pixels = 2 * video.to(self.device, self.vae.dtype) - 1
         return self.vae.encode(pixels).latent_dist.mode().float()
+
+    def encode_first_frame(self, video: Tensor) -> Tensor:
+        """Normalised latents `[B, C, 1, h, w]` of the first frames alone, which not every VAE begins a clip with."""
+        mean, std = (value.to(self.device) for value in read_latent_statistics(self.directory))
+        return (self.encode_video(video[:, :, :1]) - mean) / std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

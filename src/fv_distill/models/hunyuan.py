@@ -17,6 +17,9 @@ from .pretrained import read_vae_factors
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
 
+# `HunyuanVideoPipeline`'s.
+_DEFAULT_GUIDANCE = 6.0
+
 
 class HunyuanVideoModel(ModelBase):
     """HunyuanVideo's network output is the velocity; its timestep is 1000 sigma, and a guidance scale is embedded.
@@ -26,11 +29,12 @@ class HunyuanVideoModel(ModelBase):
         directory: see `ModelBase`.
         embedded_guidance: the scale that a guidance-distilled network reads as an input (times 1000, as
             `HunyuanVideoPipeline` passes its `guidance_scale`). It takes the place of an unconditional pass; the
-            guidance of methods comes on top, as the pipeline's `true_cfg_scale` does.
+            guidance of methods comes on top, as the pipeline's `true_cfg_scale` does. None is 6, the pipeline's
+            default, and nothing for networks that read none.
         kwargs: see `ModelBase`.
 
     Raises:
-        ValueError: for an embedded guidance that is not positive.
+        ValueError: for an embedded guidance that is not positive, or that the network doesn't read.
     """
 
     network_class = HunyuanVideoTransformer3DModel
@@ -44,11 +48,11 @@ class HunyuanVideoModel(ModelBase):
     }
 
     def __init__(
-        self, transformer: nn.Module, *, directory: str | Path, embedded_guidance: float = 6.0, **kwargs: Any
+        self, transformer: nn.Module, *, directory: str | Path, embedded_guidance: float | None = None, **kwargs: Any
     ) -> None:
         super().__init__(transformer, directory=directory, **kwargs)
-        self.embedded_guidance = _checked_guidance(embedded_guidance)
         self.network_config = cast(Any, transformer).config
+        self.embedded_guidance = self._checked_guidance(embedded_guidance)
         self.temporal_factor, _ = read_vae_factors(self.directory)
 
     @classmethod
@@ -70,7 +74,7 @@ class HunyuanVideoModel(ModelBase):
         assert conditioning.text_mask is not None, "HunyuanVideo's attention needs to know which tokens are real"
         assert sigma.ndim == 1, "one noise level per clip; see takes_sigma_per_frame"
         guidance = None
-        if self.network_config.guidance_embeds:
+        if self.embedded_guidance is not None:
             guidance = torch.full((len(sigma),), 1000.0 * self.embedded_guidance, dtype=self.dtype, device=sigma.device)
         (velocity,) = self.call_network(
             hidden_states=hidden_states.to(self.dtype),
@@ -86,7 +90,20 @@ class HunyuanVideoModel(ModelBase):
     def sampling_arguments(self, guidance_scale: float | None) -> dict[str, Any]:
         """See `ModelBase.sampling_arguments`; the pipeline's `guidance_scale` is the embedded one."""
         true_guidance = {} if guidance_scale is None else {"true_cfg_scale": guidance_scale}
-        return {"guidance_scale": self.embedded_guidance, **true_guidance}
+        return {"guidance_scale": self.embedded_guidance or 1.0, **true_guidance}
+
+    def _checked_guidance(self, scale: float | None) -> float | None:
+        if not self.network_config.guidance_embeds:
+            if scale is not None:
+                raise ValueError(
+                    f"models.<role>.embedded_guidance={scale:g}, but the network of {self.directory} reads no guidance "
+                    "scale (guidance_embeds: false); leave the key out"
+                )
+            return None
+        scale = _DEFAULT_GUIDANCE if scale is None else scale
+        if scale <= 0:
+            raise ValueError(f"embedded_guidance={scale:g} must be positive; HunyuanVideoPipeline's default is 6")
+        return scale
 
     def condition_shapes(self, latent_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """See `ModelBase.condition_shapes`."""
@@ -107,9 +124,3 @@ class HunyuanVideoModel(ModelBase):
     def check_text(self, shape: Sequence[int]) -> None:
         """See `ModelBase.check_text`."""
         check_text_width(shape, self.network_config.text_embed_dim, key="text_embed_dim", directory=self.directory)
-
-
-def _checked_guidance(scale: float) -> float:
-    if scale <= 0:
-        raise ValueError(f"embedded_guidance={scale:g} must be positive; HunyuanVideoPipeline's default is 6")
-    return scale

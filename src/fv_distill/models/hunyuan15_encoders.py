@@ -12,7 +12,7 @@ from torch import Tensor
 from .clean_frames import COLUMN
 from .conditioning import Conditioning
 from .encoders import Encoders, vae_without_weights
-from .pretrained import read_latent_statistics, read_pipeline_class
+from .pretrained import read_pipeline_class
 
 IMAGE_PIPELINE = HunyuanVideo15ImageToVideoPipeline.__name__
 PIPELINES: dict[str, Any] = {
@@ -65,9 +65,7 @@ class HunyuanVideo15Encoders(Encoders):
         features = [
             pipeline.encode_image(image, batch_size=1, device=self.device, dtype=torch.float32) for image in images
         ]
-        _, std = read_latent_statistics(self.directory)
-        frame = self.encode_video(video[:, :, :1]) / std.to(self.device)
-        return {"clip_feature": torch.cat(features), COLUMN: frame}
+        return {"clip_feature": torch.cat(features), COLUMN: self.encode_first_frame(video)}
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

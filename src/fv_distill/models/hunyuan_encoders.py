@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import PIL.Image
@@ -14,7 +15,7 @@ from torch import Tensor
 from .clean_frames import COLUMN
 from .conditioning import Conditioning
 from .encoders import Encoders
-from .pretrained import load_component_config, read_latent_statistics
+from .pretrained import load_component_config
 
 # Of the image's tokens `HunyuanVideoImageToVideoPipeline` keeps every so many-th, by the network's
 # `image_condition_type`; its unconditional pass has the default of `encode_prompt`, whatever the network.
@@ -24,6 +25,26 @@ _UNCONDITIONAL_INTERLEAVE = 2
 _CUT_OUT = 4
 # The processor brings images to its own size, so that one that is black all over is the same in any.
 _BLACK = PIL.Image.new("RGB", (64, 64))
+
+
+def prompt_length(directory: Path, text_length: int) -> int:
+    """The pipeline's `max_sequence_length` for a text of so many tokens, an image's among them."""
+    return _prompt_length(text_length, _interleave(directory))
+
+
+def _prompt_length(text_length: int, interleave: int) -> int:
+    return text_length - _num_image_tokens(interleave) + _CUT_OUT
+
+
+def _interleave(directory: Path) -> int:
+    """Every so many-th of the image's tokens is part of the text."""
+    kind = load_component_config(directory, "transformer").get("image_condition_type")
+    if kind not in _INTERLEAVES:
+        raise ValueError(
+            f"{directory} is no image-to-video HunyuanVideo: its image_condition_type is {kind}, which is neither "
+            f"{' nor '.join(_INTERLEAVES)}"
+        )
+    return _INTERLEAVES[kind]
 
 
 def _num_image_tokens(interleave: int) -> int:
@@ -57,20 +78,11 @@ class HunyuanVideoImageEncoders(HunyuanVideoEncoders):
     text_reads_image: ClassVar[bool] = True
     image_tokens: ClassVar[int] = _num_image_tokens(_UNCONDITIONAL_INTERLEAVE)
 
-    @cached_property
-    def interleave(self) -> int:
-        """Every so many-th of the image's tokens is part of the text.
-
-        Raises:
-            ValueError: if the directory's network reads no image.
-        """
-        kind = load_component_config(self.directory, "transformer").get("image_condition_type")
-        if kind not in _INTERLEAVES:
-            raise ValueError(
-                f"{self.directory} is no image-to-video HunyuanVideo: its image_condition_type is {kind}, which is "
-                f"neither {' nor '.join(_INTERLEAVES)}"
-            )
-        return _INTERLEAVES[kind]
+    @classmethod
+    def check_text_length(cls, directory: Path, text_length: int) -> None:
+        """See `Encoders.check_text_length`; the directory has to be one of image-to-video."""
+        _interleave(directory)
+        super().check_text_length(directory, text_length)
 
     @cached_property
     def text_pipeline(self) -> Any:
@@ -86,7 +98,7 @@ class HunyuanVideoImageEncoders(HunyuanVideoEncoders):
     def encode_clip_captions(self, captions: Sequence[str], video: Tensor) -> Conditioning:
         """See `Encoders.encode_clip_captions`; each beside its video's first frame."""
         images = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(video[:, :, 0]))
-        return self._encode(captions, images, self.interleave)
+        return self._encode(captions, images, _interleave(self.directory))
 
     @torch.no_grad()
     def encode_images(self, video: Tensor) -> dict[str, Tensor]:
@@ -94,8 +106,7 @@ class HunyuanVideoImageEncoders(HunyuanVideoEncoders):
 
         They are not those that a clip begins with: the VAE's group norms see all of its frames.
         """
-        _, std = read_latent_statistics(self.directory)
-        return {COLUMN: self.encode_video(video[:, :, :1]) / std.to(self.device)}
+        return {COLUMN: self.encode_first_frame(video)}
 
     def _encode(self, prompts: Sequence[str], images: Sequence[PIL.Image.Image], interleave: int) -> Conditioning:
         rows = [
@@ -103,7 +114,7 @@ class HunyuanVideoImageEncoders(HunyuanVideoEncoders):
             self.text_pipeline.encode_prompt(
                 image=image,
                 prompt=prompt,
-                max_sequence_length=self.text_length - _num_image_tokens(interleave) + _CUT_OUT,
+                max_sequence_length=_prompt_length(self.text_length, interleave),
                 image_embed_interleave=interleave,
                 device=self.device,
             )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .clean_frames import COLUMN, begin_with_given, lead_to, put_in_place
 from .conditioning import Conditioning, PreparedBatch
 from .hunyuan import HunyuanVideoModel
-from .hunyuan_encoders import HunyuanVideoImageEncoders
+from .hunyuan_encoders import HunyuanVideoImageEncoders, prompt_length
 
 
 class HunyuanVideoImageToVideoModel(HunyuanVideoModel):
@@ -33,9 +33,10 @@ class HunyuanVideoImageToVideoModel(HunyuanVideoModel):
 
     def __init__(self, transformer: nn.Module, *, directory: str | Path, **kwargs: Any) -> None:
         super().__init__(transformer, directory=directory, **kwargs)
-        self.encoders_class.check_text_length(self.text_length)
+        self.encoders_class.check_text_length(self.directory, self.text_length)
         self.replaces_tokens = self.network_config.image_condition_type == "token_replace"
         self.fixed_given_frames = int(self.replaces_tokens)
+        self.gives_frames_in_place = self.replaces_tokens
 
     @classmethod
     def check_network(cls, network_config: Any, directory: Path) -> None:
@@ -84,6 +85,11 @@ class HunyuanVideoImageToVideoModel(HunyuanVideoModel):
         """See `ModelBase.condition_shapes`."""
         channels, _, height, width = latent_shape
         return {**super().condition_shapes(latent_shape), COLUMN: (channels, 1, height, width)}
+
+    def sampling_arguments(self, guidance_scale: float | None) -> dict[str, Any]:
+        """See `ModelBase.sampling_arguments`; with the length of prompts as the pipeline counts it."""
+        length = prompt_length(self.directory, self.text_length)
+        return {**super().sampling_arguments(guidance_scale), "max_sequence_length": length}
 
     def check_unconditional_image(self, policy: str) -> None:
         """See `ModelBase.check_unconditional_image`."""

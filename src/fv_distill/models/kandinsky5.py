@@ -40,6 +40,7 @@ class Kandinsky5Model(ModelBase):
 
     network_class = Kandinsky5Transformer3DModel
     encoders_class = Kandinsky5Encoders
+    gives_frames_in_place = True
     takes_sigma_per_frame = False
     mixes_types = True
     # The number of a text's tokens is a value of its mask.

@@ -12,7 +12,7 @@ from torch import Tensor
 from .clean_frames import COLUMN
 from .conditioning import Conditioning
 from .encoders import Encoders
-from .pretrained import read_latent_statistics, read_pipeline_class, read_vae_factors
+from .pretrained import read_pipeline_class, read_vae_factors
 
 IMAGE_PIPELINE = Kandinsky5I2VPipeline.__name__
 PIPELINES: dict[str, Any] = {
@@ -65,5 +65,4 @@ class Kandinsky5Encoders(Encoders):
         """
         if read_pipeline_class(self.directory) != IMAGE_PIPELINE:
             return {}
-        mean, std = (value.to(self.device) for value in read_latent_statistics(self.directory))
-        return {COLUMN: (self.encode_video(video[:, :, :1]) - mean) / std}
+        return {COLUMN: self.encode_first_frame(video)}

@@ -33,6 +33,7 @@ class LongCatVideoModel(ModelBase):
 
     network_class = LongCatVideoTransformer3DModel
     encoders_class = LongCatEncoders
+    gives_frames_in_place = True
     lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj"),
         "all": (

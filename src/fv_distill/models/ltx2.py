@@ -45,6 +45,7 @@ class LTX2VideoModel(ModelBase):
 
     network_class = LTX2VideoTransformer3DModel
     encoders_class = LTX2Encoders
+    gives_frames_in_place = True
     takes_sigma_per_frame = False
     lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": _ATTENTION,

@@ -3,12 +3,13 @@
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -192,6 +193,23 @@ def set_attention_backend(network: Any, backend: str) -> None:
         network.set_attention_backend(backend)
     finally:
         _AttentionBackendRegistry.set_active_backend(default)
+    for module in network.modules():
+        processor = getattr(module, "processor", None)
+        # Cosmos' processors have no backend of their own and take the process's.
+        if processor is not None and not hasattr(processor, "_attention_backend"):
+            module.processor = _UnderBackend(processor, backend)
+
+
+@dataclass
+class _UnderBackend:
+    """An attention processor with a backend made the process's for as long as it runs, in recomputation too."""
+
+    processor: Any
+    backend: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with attention_backend(self.backend):
+            return self.processor(*args, **kwargs)
 
 
 def _without_weights(network_class: type[Any], directory: Path, subfolder: str, dtype: torch.dtype) -> nn.Module:

@@ -134,7 +134,7 @@ class RoleNetwork:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the network's layers compute in: another type than its weights' under autocast."""
+        """What the network's layers compute in: another type than its weights' in mixed precision."""
         return self._compute_dtype or self.dtype
 
     def compute_on(self, device: torch.device, dtype: torch.dtype | None = None) -> None:

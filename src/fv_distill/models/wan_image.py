@@ -49,7 +49,7 @@ class WanImageToVideoModel(WanModel):
 
     def __init__(self, transformer: nn.Module, *, directory: str | Path, **kwargs: Any) -> None:
         super().__init__(transformer, directory=directory, **kwargs)
-        self.expands_timesteps = expands_timesteps(self.directory)
+        self.expands_timesteps = self.gives_frames_in_place = expands_timesteps(self.directory)
         self.reads_clip = self.network_config.image_dim is not None
         if self.reads_clip and self.text_length != _TEXT_TOKENS:
             raise ValueError(

@@ -90,7 +90,7 @@ class Preprocessing:
                 f"data: {options.data} has no videos, but the text encoder of {self.model} reads a clip's first frame "
                 "beside its caption: prompts alone make no rows; give videos with captions"
             )
-        self.encoders_class.check_text_length(options.text_length)
+        self.encoders_class.check_text_length(self.model, options.text_length)
         self.clip_format = clip_format(options, read_geometry(self.model)) if self.source.has_video else None
         self.actions = needed_actions(self.model) if options.actions else ()
         self.texts = TextCache(self.output / _TEXT_FOLDER)

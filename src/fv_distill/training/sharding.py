@@ -97,7 +97,7 @@ def prepare_trainable(accelerator: Accelerator, model: ModelBase, optimizer: Opt
 
     Called once per role: FSDP2 takes exactly one model with its optimizer.
     """
-    model.compute_on(accelerator.device, _autocast_dtype(accelerator))
+    model.compute_on(accelerator.device, _lower_dtype(accelerator))
     _wrap_blocks_by_network(accelerator, model.transformer)
     with _unused_parameters_found(accelerator) if model.has_unused_parameters else nullcontext():
         model.transformer, optimizer = accelerator.prepare(model.transformer, optimizer)
@@ -120,12 +120,13 @@ def prepare_adapted(accelerator: Accelerator, models: Sequence[ModelBase]) -> No
         # "Evaluation": on its device and under autocast, without DDP.
         network = accelerator.prepare_model(network, evaluation_mode=True)
     for model in models:
-        model.compute_on(accelerator.device, _autocast_dtype(accelerator))
+        model.compute_on(accelerator.device, _lower_dtype(accelerator))
         model.transformer = network
     _cast_inputs_where_sharded(accelerator, models[0])
 
 
-def _autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
+def _lower_dtype(accelerator: Accelerator) -> torch.dtype | None:
+    """What layers compute in by autocast or FSDP2's policy, None for the type of their weights."""
     return torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
 
 
@@ -137,7 +138,7 @@ def prepare_frozen(accelerator: Accelerator, model: ModelBase, placement: Placem
     if not accelerator.is_fsdp2 or placement == "replicated":
         prepare_alone(accelerator, model, placement)
         return
-    model.compute_on(accelerator.device)
+    model.compute_on(accelerator.device, _lower_dtype(accelerator))
     _wrap_blocks_by_network(accelerator, model.transformer)
     with _kept_in_host_memory(accelerator) if placement == "offloaded" else nullcontext():
         model.transformer = fsdp2_prepare_model(accelerator, model.transformer)
