@@ -132,7 +132,8 @@ def test_fine_tuning_resumes_and_its_export_generates(name, families, tmp_path):
     assert_same_state(checkpoint(whole, 2), checkpoint(resumed, 2), num_networks=1, num_optimizers=1)
     export = convert(checkpoint(whole, 2), tmp_path / "export")
     info = json.loads((export / "fv_distill.json").read_text())
-    assert info["call"].get("guidance_scale") == (6.0 if name.startswith("hunyuan") and "15" not in name else None)
+    embedded = {"hunyuan": 6.0, "hunyuan_i2v": 6.0, "hunyuan_i2v_concat": 1.0}
+    assert info["call"].get("guidance_scale") == embedded.get(name)
     call = {"num_inference_steps": 2, **info["call"]}
     pipeline = load_pipeline(export, name)
     ours = generate(pipeline, call, name)
