@@ -197,7 +197,7 @@ def set_attention_backend(network: Any, backend: str) -> None:
         processor = getattr(module, "processor", None)
         # Cosmos' processors have no backend of their own and take the process's.
         if processor is not None and not hasattr(processor, "_attention_backend"):
-            module.processor = _UnderBackend(processor, backend)
+            module.processor = _UnderBackend(processor, backend.lower())
 
 
 @dataclass
